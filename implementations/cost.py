@@ -1,0 +1,110 @@
+"""What a model costs, exactly where arithmetic can say it: parameters, FLOPs, bytes, memory.
+
+Model FLOPs count matrix products, attention over the keys really visible, the convolution and the
+recurrence; norms, activations and the softmax are left out, and nothing recomputed is counted. A
+multiply-add is 2 FLOPs; a backward pass is twice its forward pass.
+"""
+
+from implementations.config import ModelConfig
+from implementations.mixers import load_mixer
+from implementations.parameters import param_specs
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+def num_params(config: ModelConfig) -> int:
+    return sum(spec.size for spec in param_specs(config))
+
+
+def num_params_non_embedding(config: ModelConfig) -> int:
+    return num_params(config) - config.vocab_size * config.d_model
+
+
+def mean_visible_keys(config: ModelConfig, seq_len: int) -> float:
+    """Keys a query sees, averaged over a causal sequence: sum of min(i + 1, W) over seq_len."""
+    W = config.num_visible_keys
+    W = seq_len if W is None else min(W, seq_len)
+    return (W * (W + 1) / 2 + (seq_len - W) * W) / seq_len
+
+
+def visible_keys(config: ModelConfig, context: int) -> int:
+    """Keys the next token sees when `context` positions are behind it, itself included."""
+    W = config.num_visible_keys
+    return context + 1 if W is None else min(W, context + 1)
+
+
+def forward_flops_per_token(config: ModelConfig, num_keys: float) -> float:
+    """Forward FLOPs of one token whose attention layers see num_keys keys each, logits included."""
+    mixing = sum(load_mixer(m).mixing_flops(config, num_keys) for m in config.layer_mixers)
+    linear = sum(spec.size for spec in param_specs(config) if spec.decayed)
+    return 2 * linear + mixing + 2 * config.d_model * config.vocab_size
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs, averaged over a sequence of seq_len tokens of one document."""
+    return 3 * forward_flops_per_token(config, mean_visible_keys(config, seq_len))
+
+
+def prefill_flops(config: ModelConfig, batch_size: int, prompt_len: int) -> float:
+    """FLOPs of a whole prompt; logits of the last position alone."""
+    per_token = forward_flops_per_token(config, mean_visible_keys(config, prompt_len))
+    logits = 2 * config.d_model * config.vocab_size
+    return batch_size * (prompt_len * (per_token - logits) + logits)
+
+
+def cache_bytes(config: ModelConfig, *, batch_size: int, capacity: int, dtype: str) -> int:
+    """Bytes of every layer's state for `capacity` positions, of the whole batch."""
+    size = ITEMSIZE[dtype]
+    layers = (load_mixer(m).state_bytes(config, capacity, size) for m in config.layer_mixers)
+    return batch_size * sum(layers)
+
+
+def param_bytes(config: ModelConfig, dtype: str) -> int:
+    return num_params(config) * ITEMSIZE[dtype]
+
+
+def decode_bytes(config: ModelConfig, *, batch_size: int, context: int, dtype: str) -> int:
+    """Bytes that one decode step must move: every weight once, the visible cache (eq. 5)."""
+    visible = cache_bytes(config, batch_size=batch_size, capacity=context + 1, dtype=dtype)
+    return param_bytes(config, dtype) + visible
+
+
+def train_memory_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: str,
+    activation_checkpointing: bool = False,
+) -> int:
+    """Predicted peak of one training step: an estimate, from what the backward pass must keep.
+
+    Parameters, gradients and two moments in float32; for every layer (or for one, and each layer's
+    input, with checkpointing) the inputs of its products and gates; logits and their gradient in
+    float32. Fused attention is assumed: no score matrix is kept.
+    """
+    size = ITEMSIZE[dtype]
+    master = max(size, 4)
+    tokens = batch_size * seq_len
+    D, R, F = config.d_model, config.d_rnn, config.d_mlp
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    kept = {
+        "mqa": (2 * N + 2 * K) * H * size,
+        # branch, convolution, gate pre-activations and product in dtype; a, x, h in float32
+        "rg_lru": R * (6 * size + 3 * 4),
+    }
+    layers = [kept[m] + (4 * D + 4 * F) * size for m in config.layer_mixers]
+    per_token = max(layers) + len(layers) * D * size if activation_checkpointing else sum(layers)
+    logits = 2 * config.vocab_size * 4
+    return num_params(config) * 4 * master + tokens * (per_token + logits)
+
+
+def inference_memory_bytes(
+    config: ModelConfig, *, batch_size: int, prompt_len: int, capacity: int, dtype: str
+) -> int:
+    """Predicted peak of prefill and decode: weights, cache, and one layer of prompt activations."""
+    size = ITEMSIZE[dtype]
+    widest = max(4 * config.d_mlp, 6 * config.d_rnn, 4 * config.num_heads * config.head_dim)
+    activations = batch_size * prompt_len * (widest + 2 * config.d_model) * size
+    cache = cache_bytes(config, batch_size=batch_size, capacity=capacity, dtype=dtype)
+    return param_bytes(config, dtype) + cache + activations

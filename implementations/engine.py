@@ -1,0 +1,177 @@
+"""What a backend must offer: the Engine protocol, its settings, and the way to load one."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+
+from implementations.config import DTYPES, ModelConfig, choose
+
+ENGINES = {
+    "jax": "implementations.jax_backend.engine",
+    "torch": "implementations.torch_backend.engine",
+}
+LINEAR_SCANS = ("auto", "sequential", "associative", "analytic", "triton", "triton_split",
+                "pallas_tpu", "pallas_gpu")  # fmt: skip
+ATTENTIONS = ("auto", "plain", "fused", "triton", "pallas_tpu", "pallas_gpu")
+IGNORED = -1  # a target that is not scored
+CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which variant computes each op; what `auto` resolved to is in Engine.resolved_kernels."""
+
+    linear_scan: str = "auto"
+    attention: str = "auto"
+    interpret: bool = False  # run Triton and Pallas kernels in their interpreters: correctness only
+    compile: bool = (
+        False  # torch.compile the training step and the decode loop; JAX always compiles
+    )
+
+    def __post_init__(self) -> None:
+        choose("linear_scan", self.linear_scan, LINEAR_SCANS, "kernels")
+        choose("attention", self.attention, ATTENTIONS, "kernels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay, clipping of the global norm and decoupled decay.
+
+    The rate of step s (from 0) is learning_rate * (s + 1) / num_warmup_steps while s is below
+    num_warmup_steps, then a cosine from learning_rate down to final_fraction of it at num_steps.
+    Decay applies to the weights of linear layers alone (ParamSpec.decayed).
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    num_warmup_steps: int = 20
+    num_steps: int = 200
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm", "num_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer: {name}={getattr(self, name)}; must be positive.")
+        for name in ("beta1", "beta2", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer: {name}={getattr(self, name)}; must be in [0, 1].")
+        if not 0 <= self.num_warmup_steps <= self.num_steps:
+            raise ValueError(
+                f"optimizer: num_warmup_steps={self.num_warmup_steps}; must be between 0 and "
+                f"num_steps={self.num_steps}."
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of packed sequences, int32 on the host; the same arrays reach both backends."""
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray  # the next token; IGNORED where it belongs to another document
+    position_BT: np.ndarray  # position within the document; 0 is a document start
+
+    @classmethod
+    def of(cls, tokens_BT: np.ndarray) -> "Batch":
+        """One document a row: T + 1 tokens make T inputs and T targets."""
+        B, T = tokens_BT.shape[0], tokens_BT.shape[1] - 1
+        position_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        tokens_BT = tokens_BT.astype(np.int32)
+        return cls(tokens_BT[:, :-1], tokens_BT[:, 1:], position_BT)
+
+
+class Unsupported(Exception):
+    """These settings can run nowhere, or not on this device; the message is one line."""
+
+
+class Engine(Protocol):
+    """One model in one framework on one device, its parameters drawn from (config, seed).
+
+    Loss is the mean over scored targets, nats per token. Calls may return before the device is
+    done: synchronize() waits. `dtype` is that of activations and matrix products; training keeps
+    float32 parameters and moments, prefill and decode use parameters cast to `dtype` once. In
+    float64 everything is float64. Raises Unsupported for kernels that the device lacks.
+    """
+
+    config: ModelConfig
+    resolved_kernels: dict[str, str]  # op -> the variant that computes it
+    device_name: str
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str = "float32",
+        kernels: Kernels = Kernels(),
+        device_kind: str = CPU,
+        seed: int = 0,
+    ) -> None: ...
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Host copies by name, in the master dtype: float32, or float64 in a float64 engine."""
+
+    def load_parameters(self, values: dict[str, np.ndarray]) -> None: ...
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        """[B, T, V], float32 (float64 in a float64 engine)."""
+
+    def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss and its gradient by parameter name."""
+
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        """Negative log likelihood of each target, [B, T], nats, float32; 0 where IGNORED."""
+
+    def start_training(
+        self, optimizer: OptimizerConfig, *, activation_checkpointing: bool = False
+    ) -> None:
+        """Zero moments, step 0. With checkpointing the backward pass recomputes each layer."""
+
+    def train_step(self, batch: Batch) -> Any:
+        """One optimizer step; the loss before it, still on the device (float() reads it)."""
+
+    def training_state(self) -> dict[str, np.ndarray]:
+        """Parameters, moments and step, by name: what a checkpoint must hold."""
+
+    def load_training_state(self, state: dict[str, np.ndarray]) -> None: ...
+
+    def prefill(self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None):
+        """(next token [B], cache): the prompt in one piece, or in pieces of chunk_len tokens.
+
+        capacity is the number of positions the cache must hold, prompt and new tokens together.
+        """
+
+    def empty_cache(self, batch_size: int, *, capacity: int) -> Any: ...
+
+    def extend(self, tokens_BT: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """(logits [B, T, V] on the host, cache): the next T tokens of each sequence. For checks."""
+
+    def decode(self, token_B: Any, cache: Any, *, num_tokens: int) -> tuple[Any, Any]:
+        """(tokens [B, num_tokens], cache): greedy, one program. The cache given is used up."""
+
+    def num_bytes(self, cache: Any) -> int:
+        """Bytes of all states in the cache (its position counter not counted)."""
+
+    def synchronize(self) -> None: ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """Highest allocation on the device so far; None where the device does not count (a CPU)."""
+
+
+def load_engine(name: str) -> type[Engine]:
+    """The Engine class of a backend; importing it imports the framework."""
+    if name not in ENGINES:
+        raise ValueError(
+            f"backend {name!r} is not known; known: {', '.join(ENGINES)}. "
+            "To add one, see ENGINES in implementations/engine.py."
+        )
+    return import_module(ENGINES[name]).Engine
+
+
+def check_dtype(dtype: str) -> str:
+    return choose("dtype", dtype, DTYPES, "engine")

@@ -1,0 +1,149 @@
+"""What a run leaves behind: samples and one Record, one JSON file an attempt, written atomically.
+
+A record is published under a temporary name in its own folder, synced, renamed, and the folder
+synced: a reader sees the whole file or none. Values that do not exist are null, never 0.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+OUTCOMES = (
+    "completed",
+    "out_of_memory",
+    "out_of_memory_predicted",
+    "compile_error",
+    "timed_out",
+    "preempted",
+    "diverged",
+    "unsupported",
+    "node_failure",
+    "cancelled",
+    "failed",
+    "invalid_measurement",
+)
+PHASES = ("start", "init", "compile", "measure", "evaluate")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric reads: its unit, which way is better (None: neither), its label on an axis."""
+
+    unit: str
+    better: str | None
+    label: str
+
+
+METRICS = {
+    "step_time_ms": Metric("ms", "lower", "Step time (ms)"),
+    "tokens_per_s": Metric("tokens/s", "higher", "Throughput (tokens/s)"),
+    "mfu": Metric("1", "higher", "MFU"),
+    "mbu": Metric("1", "higher", "MBU"),
+    "ttft_ms": Metric("ms", "lower", "TTFT (ms)"),
+    "tpot_ms": Metric("ms", "lower", "TPOT (ms)"),
+    "decode_time_s": Metric("s", "lower", "Decode time (s)"),
+    "init_time_s": Metric("s", "lower", "Initialization (s)"),
+    "compile_time_s": Metric("s", "lower", "Compile time (s)"),
+    "first_step_time_ms": Metric("ms", "lower", "First step (ms)"),
+    "peak_memory_bytes": Metric("B", "lower", "Peak memory (GiB)"),
+    "cache_bytes": Metric("B", "lower", "Cache (MiB)"),
+    "peak_flops_per_s": Metric("FLOP/s", None, "Peak compute (FLOP/s)"),
+    "peak_bytes_per_s": Metric("B/s", None, "Peak bandwidth (B/s)"),
+    "max_batch_size": Metric("1", "higher", "Largest batch"),
+    "train_loss": Metric("nats/token", "lower", "Training loss (nats per token)"),
+    "loss": Metric("nats/token", "lower", "Held-out loss (nats per token)"),
+    "bits_per_byte": Metric("bit/B", "lower", "Held-out bits per byte"),
+    "unigram_bits_per_byte": Metric("bit/B", None, "Unigram entropy (bits per byte)"),
+    "loss_by_position": Metric("nats/token", "lower", "Loss by position (nats per token)"),
+    "relative_error": Metric("1", "lower", "Relative error"),
+    "tolerance": Metric("1", None, "Tolerance"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One measured value. `repeat` counts within the process; `at` is the step or position it
+    belongs to; `field` names what was compared (a tensor, in parity)."""
+
+    metric: str
+    value: float
+    unit: str
+    repeat: int | None = None
+    at: int | None = None
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        known = METRICS.get(self.metric)
+        assert known, f"metric {self.metric!r} is not in METRICS of suites/harness/record.py"
+        assert known.unit == self.unit, f"{self.metric} is in {known.unit}, not {self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One attempt of one run: what was asked, on what, and what came of it."""
+
+    run_id: str
+    cell_id: str
+    build: str
+    attempt: str  # time-host-pid-random, unique
+    outcome: str
+    reason: str | None = None  # one line, for outcomes other than completed
+    phase: str | None = None  # where it ended, for outcomes other than completed
+    run: dict[str, Any]  # Run.to_json()
+    provenance: dict[str, Any]
+    costs: dict[str, Any] = field(default_factory=dict)  # num_params, train_flops_per_token, ...
+    samples: tuple[Sample, ...] = ()
+    started_at: str  # UTC, ISO 8601
+    seconds: float
+    block: str | None = None  # the comparison this run was interleaved in
+    order: int | None = None  # its place in that block
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        assert self.outcome in OUTCOMES, self.outcome
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Record":
+        samples = tuple(Sample(**sample) for sample in values["samples"])
+        return cls(**(values | {"samples": samples}))
+
+
+def record_path(store: Path, run_id: str, attempt: str) -> Path:
+    return store / "runs" / run_id / f"{attempt}.json"
+
+
+def write(store: Path, record: Record) -> Path:
+    path = record_path(store, record.run_id, record.attempt)
+    write_atomically(path, json.dumps(record.to_json(), indent=1, allow_nan=False))
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text, or nothing: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_all(store: Path) -> Iterator[Record]:
+    """Every record of a store, oldest attempt first within a run; temporary files are none."""
+    for path in sorted((store / "runs").glob("*/[!.]*.json")):
+        yield Record.from_json(json.loads(path.read_text(encoding="utf-8")))

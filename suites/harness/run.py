@@ -1,0 +1,121 @@
+"""A run: every setting that affects its result, frozen, and the id that is their content."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from implementations.config import ModelConfig, build, choose
+from implementations.engine import Engine, Kernels, OptimizerConfig
+from suites.harness.record import Sample
+
+PHASES = ("train", "prefill", "decode", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """How much work one run does. Counts that its phase does not use stay 0."""
+
+    phase: str
+    batch_size: int
+    seq_len: int = 0  # tokens per training or evaluation sequence
+    prompt_len: int = 0
+    num_new_tokens: int = 0
+    num_steps: int = 0  # optimizer steps of a quality run
+    repeats: int = 0  # timed repetitions within the process
+    max_batch_size: int = 0  # where a search for the largest batch ends
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        choose("phase", self.phase, PHASES, "workload")
+        if self.batch_size < 1:
+            raise ValueError(f"workload: batch_size={self.batch_size}; must be at least 1.")
+        for name in ("seq_len", "prompt_len", "num_new_tokens", "num_steps", "repeats"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"workload: {name}={getattr(self, name)}; must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from. `source` is stdlib, docstrings, random, text, jsonl or tokens."""
+
+    name: str
+    source: str
+    paths: tuple[str, ...] = ()  # files, folders or globs of the user's own data
+    tokenizer: str | None = None  # a `tokenizers` JSON file; null: bytes
+    vocab_size: int = 256
+    field: str = "text"  # the key of a .jsonl line that holds the text
+    token_dtype: str = "uint16"  # of a .bin file
+    held_out_fraction: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One cell, one seed, one round: one process. run_id hashes all of it."""
+
+    suite: str
+    model: ModelConfig
+    backend: str
+    dtype: str
+    workload: Workload
+    kernels: Kernels = field(default_factory=Kernels)
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    device_kind: str = "cpu"
+    seed: int = 0
+    round: int = 0
+
+    @property
+    def run_id(self) -> str:
+        """12 hexadecimal digits: the same settings, the same id, on every machine."""
+        return _digest(self.to_json())
+
+    @property
+    def cell_id(self) -> str:
+        """The id of everything but seed and round."""
+        values = self.to_json()
+        return _digest({k: v for k, v in values.items() if k not in ("seed", "round")})
+
+    @property
+    def title(self) -> str:
+        work = self.workload
+        size = f"seq_len {work.seq_len}" if work.seq_len else f"prompt_len {work.prompt_len}"
+        return (
+            f"{self.suite} {self.model.family}_{self.model.size} {self.backend} {self.dtype} "
+            f"batch {work.batch_size} {size}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Run":
+        nested = {
+            "model": ModelConfig,
+            "workload": Workload,
+            "kernels": Kernels,
+            "data": DataConfig,
+            "optimizer": OptimizerConfig,
+        }
+        parts = {key: build(kind, values[key], key) for key, kind in nested.items()}
+        return cls(**(values | parts))
+
+
+class Suite(Protocol):
+    """A question: it lists its runs without touching a device."""
+
+    name: str
+
+    def runs(self) -> Iterator[Run]: ...
+
+
+class Measure(Protocol):
+    """The other half of a suite's module: `measure(run, engine)` yields samples as they come."""
+
+    def __call__(self, run: Run, engine: Engine) -> Iterator[Sample]: ...
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

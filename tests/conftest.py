@@ -1,0 +1,37 @@
+"""What several tests share: the tiny model of every family, and JAX kept on the CPU."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from dataclasses import replace
+
+from implementations.config import ModelConfig
+
+FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
+BACKENDS = ("jax", "torch")
+
+PATTERNS = {
+    "mqa": ("mqa",),
+    "mqa_local": ("mqa",),
+    "hawk": ("rg_lru",),
+    "griffin": ("rg_lru", "rg_lru", "mqa"),
+}
+
+
+def tiny(family: str, **overrides) -> ModelConfig:
+    """The size `tiny` of configs/size/tiny.yaml, with some fields replaced."""
+    model = ModelConfig(
+        family=family,
+        size="tiny",
+        pattern=PATTERNS[family],
+        d_model=64,
+        d_rnn=96,
+        d_mlp=192,
+        num_layers=6,
+        num_heads=4,
+        head_dim=16,
+        num_gate_blocks=4,
+        window_size=None if family == "mqa" else 32,
+    )
+    return replace(model, **overrides)
