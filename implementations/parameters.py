@@ -113,9 +113,13 @@ def save(path: Path, values: dict[str, np.ndarray]) -> None:
 
 def load(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """Reads a safetensors file; ValueError names the first parameter that does not fit."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    values = load_file(path)
+    try:
+        values = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}).") from None
     check(config, values, str(path))
     return values
 
