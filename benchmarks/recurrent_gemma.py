@@ -79,6 +79,7 @@ def hugging_face(config: ModelConfig, params: dict[str, np.ndarray]) -> Any:
     model.load_state_dict(state)
     factor = math.sqrt(config.d_model) if config.scale_embeddings else 1.0
     model.model.normalizer = torch.tensor(factor)  # theirs is rounded to bfloat16
+    model.generation_config.use_cache = True  # generate() alone: the forward pass needs none
     return model.eval()
 
 

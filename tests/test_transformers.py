@@ -76,6 +76,23 @@ def test_transformers_computes_the_same_gradients():
         assert error < TOLERANCE["gradient"], f"{name}: relative error {error:.1e}"
 
 
+def test_transformers_generates_the_same_tokens_from_its_cache():
+    import torch
+
+    config = tiny("griffin", num_layers=3, **RELEASED_CODE)
+    params = moved_params(config)
+    prompt_BT = np.random.default_rng(0).integers(config.vocab_size, size=(2, 20))
+    model = hugging_face(config, params)
+    assert model.generation_config.use_cache
+    with torch.inference_mode():
+        found = model.generate(
+            torch.from_numpy(prompt_BT), do_sample=False, pad_token_id=0, max_new_tokens=12
+        ).numpy()
+    position_BT = np.broadcast_to(np.arange(31), (2, 31))
+    logits_BTV = reference.logits(config, params, found[:, :-1], position_BT)
+    np.testing.assert_array_equal(found[:, 20:], logits_BTV[:, 19:].argmax(-1))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [({"logit_soft_cap": None}, "logit_soft_cap"), ({"num_gate_blocks": 8}, "num_gate_blocks")],
