@@ -1,0 +1,331 @@
+"""The JAX engine: pure functions, jitted once a shape; see implementations/engine.py.
+
+Twin: implementations/torch_backend/engine.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from implementations import parameters
+from implementations.config import ModelConfig
+from implementations.engine import CPU, Batch, Kernels, OptimizerConfig, Unsupported, check_dtype
+from implementations.jax_backend import model
+from implementations.jax_backend.kernels import attention, linear_scan
+from implementations.jax_backend.layers import cross_entropy, unembed
+from implementations.jax_backend.optimizer import adamw
+
+jax.tree_util.register_dataclass(Batch, ["tokens_BT", "targets_BT", "position_BT"], [])
+
+# What a device calls itself, where that is not the name we ask for it by.
+DEVICE_NAMES = {"v5e": "v5 lite", "v6e": "v6 lite"}
+
+
+def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
+    """Op -> the variant that computes it; Unsupported names one that is not offered."""
+    chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
+    default = {"linear_scan": "analytic", "attention": "plain" if device_kind == CPU else "fused"}
+    resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
+    linear_scan.check(resolved["linear_scan"])
+    attention.check(resolved["attention"])
+    return resolved
+
+
+class Engine:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str = "float32",
+        kernels: Kernels = Kernels(),
+        device_kind: str = CPU,
+        seed: int = 0,
+    ) -> None:
+        self.config, self.dtype = config, check_dtype(dtype)
+        if dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+            if kernels.attention == "auto":
+                kernels = replace(kernels, attention="plain")
+        self.resolved_kernels = resolve(kernels, device_kind)
+        if dtype == "float64" and self.resolved_kernels["attention"] == "fused":
+            raise Unsupported("kernels.attention=fused: JAX's softmax is float32, not float64.")
+        self.kernels = replace(kernels, **self.resolved_kernels)
+        self.device = find_device(device_kind)
+        self.device_name = self.device.device_kind
+        self.master_dtype = "float64" if dtype == "float64" else "float32"
+        self._settings = {"config": config, "kernels": self.kernels}
+        self._latest: Any = None  # of the last program started: what synchronize waits for
+        self._optimizer_state = None
+        self.load_parameters(parameters.draw(config, seed))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return on_host(model.flat(self.params))
+
+    def load_parameters(self, values: dict[str, np.ndarray]) -> None:
+        parameters.check(self.config, values, "load_parameters")
+        names = [spec.name for spec in parameters.param_specs(self.config)]
+        self._replace_params(self._on_device({name: values[name] for name in names}))
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        return np.asarray(_logits(self._compute_params, self._put(batch), **self._settings))
+
+    def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        loss, grads = _loss_and_grad(
+            self.params, self._put(batch), dtype=self.dtype, **self._settings
+        )
+        return float(loss), on_host(model.flat(grads))
+
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        nll_BT = _evaluate(self._compute_params, self._put(batch), **self._settings)
+        return np.asarray(nll_BT, np.float32)
+
+    def start_training(
+        self, optimizer: OptimizerConfig, *, activation_checkpointing: bool = False
+    ) -> None:
+        self._train_settings = self._settings | {
+            "optimizer": optimizer,
+            "dtype": self.dtype,
+            "activation_checkpointing": activation_checkpointing,
+        }
+        self._optimizer_state = jax.device_put(
+            adamw(optimizer, self.config).init(self.params), self.device
+        )
+
+    def train_step(self, batch: Batch) -> Array:
+        params, self._optimizer_state, loss = _train_step(
+            self.params, self._optimizer_state, self._put(batch), **self._train_settings
+        )
+        self._replace_params(params)
+        self._latest = loss
+        return loss
+
+    def training_state(self) -> dict[str, np.ndarray]:
+        """Parameters by name; moments as first_moment.NAME and second_moment.NAME; step."""
+        moments = {
+            "first_moment": optax.tree.get(self._optimizer_state, "mu"),
+            "second_moment": optax.tree.get(self._optimizer_state, "nu"),
+        }
+        step = self._optimizer_state[1].count
+        return self.parameters() | on_host(model.flat(moments)) | {"step": np.array(step)}
+
+    def load_training_state(self, state: dict[str, np.ndarray]) -> None:
+        def part(prefix: str) -> dict:
+            values = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+            parameters.check(self.config, values, "load_training_state")
+            return self._on_device(values)
+
+        names = [spec.name for spec in parameters.param_specs(self.config)]
+        self.load_parameters({name: state[name] for name in names if name in state})
+        self._optimizer_state = jax.device_put(
+            optax.tree.set(
+                self._optimizer_state,
+                count=jnp.asarray(state["step"], jnp.int32),
+                mu=part("first_moment."),
+                nu=part("second_moment."),
+            ),
+            self.device,
+        )
+
+    def prefill(
+        self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None
+    ) -> tuple[Array, tuple]:
+        B, T = prompt_BT.shape
+        cache = self.empty_cache(B, capacity=capacity)
+        for start in range(0, T, chunk_len or T):
+            chunk_BT = prompt_BT[:, start : start + (chunk_len or T)]
+            logits_BTV, cache = self._extend(chunk_BT, cache, is_last_only=True)
+        self._latest = _next_token(logits_BTV)
+        return self._latest, cache
+
+    def empty_cache(self, batch_size: int, *, capacity: int) -> tuple:
+        """(states of every layer, position_B): positions are counted on the host."""
+        with jax.default_device(self.device):
+            states = _empty_states(self.config, batch_size, capacity, self.dtype)
+        return states, np.zeros(batch_size, np.int32)
+
+    def extend(self, tokens_BT: np.ndarray, cache: tuple) -> tuple[np.ndarray, tuple]:
+        logits_BTV, cache = self._extend(tokens_BT, cache, is_last_only=False)
+        return np.asarray(logits_BTV), cache
+
+    def decode(self, token_B: Array, cache: tuple, *, num_tokens: int) -> tuple[Array, tuple]:
+        states, position_B = cache
+        self._check_room(cache, num_tokens)
+        tokens_BT, states = _decode(
+            self._compute_params,
+            self._put(token_B),
+            states,
+            self._put(position_B),
+            num_tokens=num_tokens,
+            **self._settings,
+        )
+        self._latest = tokens_BT
+        return tokens_BT, (states, position_B + np.int32(num_tokens))
+
+    def num_bytes(self, cache: tuple) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0]))
+
+    def synchronize(self) -> None:
+        jax.block_until_ready((self.params, self._latest))
+
+    def peak_memory_bytes(self) -> int | None:
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    @property
+    def _compute_params(self) -> dict:
+        """The parameters in `dtype`, cast once."""
+        if self._cast_params is None:
+            self._cast_params = _cast(self.params, dtype=self.dtype)
+        return self._cast_params
+
+    def _replace_params(self, params: dict) -> None:
+        self.params = params
+        self._cast_params = params if self.dtype == self.master_dtype else None
+
+    def _on_device(self, values: dict[str, np.ndarray]) -> dict:
+        tree = model.nested({n: np.array(v, self.master_dtype) for n, v in values.items()})
+        return jax.device_put(tree, self.device)
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self.device)
+
+    def _extend(self, tokens_BT: np.ndarray, cache: tuple, *, is_last_only: bool) -> tuple:
+        states, position_B = cache
+        T = tokens_BT.shape[1]
+        self._check_room(cache, T)
+        position_BT = position_B[:, None] + np.arange(T, dtype=np.int32)
+        logits_BTV, states = _extend(
+            self._compute_params,
+            self._put(np.asarray(tokens_BT, np.int32)),
+            states,
+            self._put(position_BT),
+            is_last_only=is_last_only,
+            **self._settings,
+        )
+        return logits_BTV, (states, position_B + np.int32(T))
+
+    def _check_room(self, cache: tuple, num_tokens: int) -> None:
+        """ValueError where a cache of visible keys would have to forget one."""
+        states, position_B = cache
+        end, W = int(position_B.max()) + num_tokens, self.config.num_visible_keys
+        for name, state in zip(self.config.layer_mixers, states, strict=True):
+            capacity = state.k_BSKH.shape[1] if name == "mqa" else end
+            if capacity < end and capacity != W:
+                raise ValueError(f"the cache holds capacity={capacity} positions, not {end}.")
+
+
+def find_device(device_kind: str) -> jax.Device:
+    """The first device of a kind: cpu, gpu, tpu, or part of a device's own name (h200, v5e)."""
+    if device_kind == CPU:
+        return jax.devices(CPU)[0]
+    wanted = DEVICE_NAMES.get(device_kind.lower(), device_kind.lower())
+    devices = jax.devices()
+    for device in devices:
+        if wanted == device.platform or wanted in device.device_kind.lower():
+            return device
+    found = ", ".join(sorted({device.device_kind for device in devices}))
+    raise Unsupported(f"JAX finds no device {device_kind!r} here; it finds: {found}.")
+
+
+def on_host(values: dict[str, Array]) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in values.items()}
+
+
+# The programs: shared by all engines of equal settings, compiled once a shape.
+
+
+def program(*, static: tuple[str, ...], donated: tuple[str, ...] = ()) -> Callable:
+    """jax.jit, with products of float32 and float64 at full precision (read while tracing)."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def traced(*args, **kwargs):
+            with jax.default_matmul_precision("highest"):
+                return function(*args, **kwargs)
+
+        return jax.jit(traced, static_argnames=static, donate_argnames=donated)
+
+    return decorate
+
+
+@program(static=("dtype",))
+def _cast(params: dict, *, dtype: str) -> dict:
+    return model.cast(params, dtype)
+
+
+@program(static=("config", "kernels"))
+def _logits(params: dict, batch: Batch, **settings) -> Array:
+    return model.logits(params, batch, **settings)
+
+
+@program(static=("config", "kernels"))
+def _evaluate(params: dict, batch: Batch, **settings) -> Array:
+    return cross_entropy(model.logits(params, batch, **settings), batch.targets_BT)
+
+
+@program(static=("config", "kernels", "dtype"))
+def _loss_and_grad(params: dict, batch: Batch, **settings) -> tuple[Array, dict]:
+    return jax.value_and_grad(model.loss)(params, batch, **settings)
+
+
+@program(
+    static=("config", "kernels", "dtype", "optimizer", "activation_checkpointing"),
+    donated=("params", "state"),
+)
+def _train_step(
+    params: dict, state: tuple, batch: Batch, *, optimizer: OptimizerConfig, **settings
+) -> tuple[dict, tuple, Array]:
+    loss, grads = jax.value_and_grad(model.loss)(params, batch, **settings)
+    updates, state = adamw(optimizer, settings["config"]).update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_states(config: ModelConfig, batch_size: int, capacity: int, dtype: str) -> tuple:
+    return model.empty_states(config, batch_size, capacity, dtype)
+
+
+@program(static=("config", "kernels", "is_last_only"), donated=("states",))
+def _extend(
+    params: dict,
+    tokens_BT: Array,
+    states: tuple,
+    position_BT: Array,
+    *,
+    is_last_only: bool,
+    **settings,
+) -> tuple[Array, tuple]:
+    x_BTD, states = model.forward(params, tokens_BT, position_BT, states, **settings)
+    x_BTD = x_BTD[:, -1:] if is_last_only else x_BTD
+    soft_cap = settings["config"].logit_soft_cap
+    return unembed(params["embedding"], x_BTD, soft_cap), states
+
+
+@jax.jit
+def _next_token(logits_BTV: Array) -> Array:
+    return jnp.argmax(logits_BTV[:, -1], axis=-1).astype(jnp.int32)
+
+
+@program(static=("config", "kernels", "num_tokens"), donated=("states",))
+def _decode(
+    params: dict, token_B: Array, states: tuple, position_B: Array, *, num_tokens: int, **settings
+) -> tuple[Array, tuple]:
+    soft_cap = settings["config"].logit_soft_cap
+
+    def step(carry: tuple, _: None) -> tuple[tuple, Array]:
+        token_B, states, position_B = carry
+        x_BTD, states = model.forward(
+            params, token_B[:, None], position_B[:, None], states, **settings
+        )
+        token_B = _next_token(unembed(params["embedding"], x_BTD, soft_cap))
+        return (token_B, states, position_B + 1), token_B
+
+    carry = (token_B, states, position_B)
+    (_, states, _), tokens_TB = lax.scan(step, carry, length=num_tokens)
+    return tokens_TB.swapaxes(0, 1), states
