@@ -41,8 +41,8 @@ def param_specs(config: ModelConfig) -> list[ParamSpec]:
 
 
 def state_bytes(config: ModelConfig, capacity: int, itemsize: int) -> int:
-    """State of one sequence: conv_width - 1 inputs in the model's dtype, and h in float32."""
-    return config.d_rnn * 4 + (config.conv_width - 1) * config.d_rnn * itemsize
+    """State of one sequence: conv_width - 1 inputs in its dtype, and h in at least float32."""
+    return config.d_rnn * max(4, itemsize) + (config.conv_width - 1) * config.d_rnn * itemsize
 
 
 def mixing_flops(config: ModelConfig, num_keys: float) -> float:

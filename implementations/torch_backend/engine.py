@@ -1,0 +1,248 @@
+"""The PyTorch engine: one nn.Module with float32 parameters; see implementations/engine.py.
+
+Twin: implementations/jax_backend/engine.py.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from implementations import parameters
+from implementations.config import ModelConfig
+from implementations.engine import CPU, Batch, Kernels, OptimizerConfig, Unsupported, check_dtype
+from implementations.torch_backend import model
+from implementations.torch_backend.kernels import attention, linear_scan
+from implementations.torch_backend.layers import cross_entropy
+from implementations.torch_backend.optimizer import adamw, clip_by_global_norm, learning_rate
+
+MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
+
+
+class Cache(NamedTuple):
+    states: tuple
+    position: int  # of the next token, counted on the host
+
+
+def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
+    """Op -> the variant that computes it; Unsupported names one that is not offered."""
+    chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
+    default = {"linear_scan": "analytic", "attention": "plain" if device_kind == CPU else "fused"}
+    resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
+    linear_scan.check(resolved["linear_scan"])
+    attention.check(resolved["attention"])
+    return resolved
+
+
+class Engine:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str = "float32",
+        kernels: Kernels = Kernels(),
+        device_kind: str = CPU,
+        seed: int = 0,
+    ) -> None:
+        self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
+        self.resolved_kernels = resolve(kernels, device_kind)
+        self.kernels = kernels
+        self.device = find_device(device_kind)
+        self.device_name = (
+            CPU if self.device.type == CPU else torch.cuda.get_device_name(self.device)
+        )
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.master_dtype = torch.float64 if dtype == "float64" else torch.float32
+        self.model = model.Model(config, self.resolved_kernels, self.dtype)
+        self.model.to(self.device, self.master_dtype)
+        self._loss = self._compiled(self.model.loss)
+        self._optimizer: torch.optim.AdamW | None = None
+        self.load_parameters(parameters.draw(config, seed))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return on_host(self._params)
+
+    def load_parameters(self, values: dict[str, np.ndarray]) -> None:
+        parameters.check(self.config, values, "load_parameters")
+        write(self._params, values)
+        self._drop_cast()
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        with torch.inference_mode():
+            tokens_BT, _, position_BT = self._put(batch)
+            return self._compute_model.logits(tokens_BT, position_BT).cpu().numpy()
+
+    def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        loss = self._backward(batch, activation_checkpointing=False)
+        grads = on_host({name: value.grad for name, value in self._params.items()})
+        self.model.zero_grad()
+        return float(loss), grads
+
+    def evaluate(self, batch: Batch) -> np.ndarray:
+        with torch.inference_mode():
+            tokens_BT, targets_BT, position_BT = self._put(batch)
+            logits_BTV = self._compute_model.logits(tokens_BT, position_BT)
+            return cross_entropy(logits_BTV, targets_BT).float().cpu().numpy()
+
+    def start_training(
+        self, optimizer: OptimizerConfig, *, activation_checkpointing: bool = False
+    ) -> None:
+        self._optimizer_config = optimizer
+        self._activation_checkpointing = activation_checkpointing
+        self._step = 0
+        self._optimizer = adamw(optimizer, self.config, self._params)
+
+    def train_step(self, batch: Batch) -> Tensor:
+        loss = self._backward(batch, activation_checkpointing=self._activation_checkpointing)
+        grads = [parameter.grad for parameter in self.model.parameters()]
+        clip_by_global_norm(grads, self._optimizer_config.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._optimizer_config, self._step)
+        self._optimizer.step()
+        self.model.zero_grad()
+        self._step += 1
+        self._drop_cast()
+        return loss
+
+    def training_state(self) -> dict[str, np.ndarray]:
+        """Parameters by name; moments as first_moment.NAME and second_moment.NAME; step."""
+        moments = {}
+        for prefix in MOMENTS:
+            moments |= {f"{prefix}.{n}": value for n, value in self._moments(prefix).items()}
+        return self.parameters() | on_host(moments) | {"step": np.array(self._step, np.int32)}
+
+    def load_training_state(self, state: dict[str, np.ndarray]) -> None:
+        self.load_parameters({name: state[name] for name in self._params if name in state})
+        for prefix in MOMENTS:
+            prefixed = f"{prefix}."
+            values = {
+                n.removeprefix(prefixed): v for n, v in state.items() if n.startswith(prefixed)
+            }
+            parameters.check(self.config, values, "load_training_state")
+            write(self._moments(prefix), values)
+        self._step = int(state["step"])
+        for parameter in self._params.values():
+            self._optimizer.state[parameter]["step"].fill_(self._step)
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        B, T = prompt_BT.shape
+        cache = self.empty_cache(B, capacity=capacity)
+        for start in range(0, T, chunk_len or T):
+            x_BTD, cache = self._extend(prompt_BT[:, start : start + (chunk_len or T)], cache)
+        return self._next_token(x_BTD), cache
+
+    def empty_cache(self, batch_size: int, *, capacity: int) -> Cache:
+        states = model.empty_states(self.config, batch_size, capacity, self.dtype, self.device)
+        return Cache(states, 0)
+
+    @torch.inference_mode()
+    def extend(self, tokens_BT: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
+        x_BTD, cache = self._extend(tokens_BT, cache)
+        return self._compute_model.unembed(x_BTD).cpu().numpy(), cache
+
+    @torch.inference_mode()
+    def decode(self, token_B: Any, cache: Cache, *, num_tokens: int) -> tuple[Tensor, Cache]:
+        self._check_room(cache, num_tokens)
+        states, position = cache
+        token_B = torch.as_tensor(np.asarray(token_B) if isinstance(token_B, list) else token_B)
+        token_B = token_B.to(self.device, torch.int64)
+        B = token_B.shape[0]
+        position_BT = torch.full((B, 1), position, device=self.device)
+        tokens_BT = torch.empty(B, num_tokens, dtype=torch.int64, device=self.device)
+        step = self._decode_step
+        for index in range(num_tokens):
+            token_B, states = step(token_B, position_BT, states)
+            tokens_BT[:, index] = token_B
+            position_BT += 1
+        return tokens_BT, Cache(states, position + num_tokens)
+
+    def num_bytes(self, cache: Cache) -> int:
+        leaves = (leaf for state in cache.states for leaf in state if isinstance(leaf, Tensor))
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+    def synchronize(self) -> None:
+        if self.device.type != CPU:
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int | None:
+        return None if self.device.type == CPU else torch.cuda.max_memory_allocated(self.device)
+
+    @property
+    def _params(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    @property
+    def _compute_model(self) -> model.Model:
+        """The model with parameters in `dtype`, cast once."""
+        if self._cast_model is None:
+            self._cast_model = copy.deepcopy(self.model)
+            model.cast(self._cast_model)
+        return self._cast_model
+
+    def _drop_cast(self) -> None:
+        self._cast_model = self.model if self.dtype == self.master_dtype else None
+
+    def _compiled(self, function: Any) -> Any:
+        return torch.compile(function) if self.kernels.compile else function
+
+    def _moments(self, prefix: str) -> dict[str, Tensor]:
+        key = MOMENTS[prefix]
+        return {name: self._optimizer.state[p][key] for name, p in self._params.items()}
+
+    def _put(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        arrays = (batch.tokens_BT, batch.targets_BT, batch.position_BT)
+        return tuple(torch.tensor(array, device=self.device) for array in arrays)
+
+    def _backward(self, batch: Batch, *, activation_checkpointing: bool) -> Tensor:
+        loss = self._loss(*self._put(batch), activation_checkpointing)
+        loss.backward()
+        return loss.detach()
+
+    def _extend(self, tokens_BT: np.ndarray, cache: Cache) -> tuple[Tensor, Cache]:
+        B, T = tokens_BT.shape
+        self._check_room(cache, T)
+        states, position = cache
+        position_BT = torch.arange(position, position + T, device=self.device).expand(B, T)
+        tokens_BT = torch.tensor(tokens_BT, device=self.device)
+        x_BTD, states = self._compute_model(tokens_BT, position_BT, states)
+        return x_BTD, Cache(states, position + T)
+
+    def _next_token(self, x_BTD: Tensor) -> Tensor:
+        return self._compute_model.unembed(x_BTD[:, -1]).argmax(-1)
+
+    def _decode_step(self, token_B: Tensor, position_BT: Tensor, states: tuple) -> tuple:
+        x_BTD, states = self._compute_model(token_B[:, None], position_BT, states)
+        return self._next_token(x_BTD), states
+
+    def _check_room(self, cache: Cache, num_tokens: int) -> None:
+        """ValueError where a cache of visible keys would have to forget one."""
+        end, W = cache.position + num_tokens, self.config.num_visible_keys
+        for name, state in zip(self.config.layer_mixers, cache.states, strict=True):
+            capacity = state.k_BSKH.shape[1] if name == "mqa" else end
+            if capacity < end and capacity != W:
+                raise ValueError(f"the cache holds capacity={capacity} positions, not {end}.")
+
+
+def find_device(device_kind: str) -> torch.device:
+    """The CPU, or the current CUDA device for every other kind."""
+    if device_kind == CPU:
+        return torch.device(CPU)
+    if not torch.cuda.is_available():
+        raise Unsupported(f"PyTorch finds no device {device_kind!r} here; it finds: cpu.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def on_host(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy().copy() for name, value in values.items()}
+
+
+def write(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(np.array(values[name])))

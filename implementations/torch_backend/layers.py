@@ -1,0 +1,142 @@
+"""The layers that every mixer and model is made of, as modules; weights map in to out: x @ weight.
+
+Twin: implementations/jax_backend/layers.py.  Truth: implementations/reference.py.
+A weight is cast to the dtype of its input where it is used, so that training keeps float32 ones.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from implementations.config import ModelConfig
+from implementations.engine import IGNORED
+
+
+class Linear(nn.Module):
+    """x @ weight + bias."""
+
+    def __init__(self, d_in: int, d_out: int, has_bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_in, d_out))
+        self.bias = nn.Parameter(torch.empty(d_out)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(self.weight, x).t(), cast(self.bias, x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), in float32 (float64 in float64)."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 + exact(cast(self.scale, x))
+        return F.rms_norm(exact(x), self.scale.shape, scale, self.eps).to(x.dtype)
+
+
+class CausalConv(nn.Module):
+    """One filter of W taps per channel; weight[W - 1] meets the current input.
+
+    Inputs from before the document count as 0.
+    """
+
+    def __init__(self, conv_width: int, d_rnn: int, has_bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(conv_width, d_rnn))
+        self.bias = nn.Parameter(torch.empty(d_rnn)) if has_bias else None
+
+    def forward(
+        self, x_BTR: Tensor, position_BT: Tensor, conv_BWR: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """conv_BWR: the W - 1 inputs before x, None for zeros; returned anew, after x."""
+        B, T, R = x_BTR.shape
+        weight_WR = cast(self.weight, x_BTR)
+        past = weight_WR.shape[0] - 1
+        if conv_BWR is None:
+            conv_BWR = x_BTR.new_zeros(B, past, R)
+        inputs_BSR = torch.cat([conv_BWR, x_BTR], 1)
+        taps = weight_WR.unbind(0)
+        out_BTR = x_BTR * taps[past]
+        if self.bias is not None:
+            out_BTR = out_BTR + cast(self.bias, x_BTR)
+        for offset in range(1, past + 1):
+            seen_BT1 = (position_BT >= offset)[:, :, None]
+            shifted_BTR = inputs_BSR[:, past - offset : past - offset + T]
+            out_BTR = torch.addcmul(out_BTR, shifted_BTR * seen_BT1, taps[past - offset])
+        return out_BTR, inputs_BSR[:, T:]
+
+
+class BlockDiagonal(nn.Module):
+    """A linear layer in G blocks: each block of the input makes one block of the output."""
+
+    def __init__(self, num_blocks: int, width: int, has_bias: bool):
+        super().__init__()
+        block = width // num_blocks
+        self.weight = nn.Parameter(torch.empty(num_blocks, block, block))
+        self.bias = nn.Parameter(torch.empty(width)) if has_bias else None
+
+    def forward(self, x_BTR: Tensor) -> Tensor:
+        G, width, _ = self.weight.shape
+        x_GMI = x_BTR.reshape(-1, G, width).transpose(0, 1)
+        out_GMJ = torch.bmm(x_GMI, cast(self.weight, x_BTR))
+        out_BTR = out_GMJ.transpose(0, 1).reshape(x_BTR.shape)
+        return out_BTR if self.bias is None else out_BTR + cast(self.bias, x_BTR)
+
+
+class MLP(nn.Module):
+    """linear_down(gelu(linear_gate(x)) * linear_up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.linear_gate = Linear(config.d_model, config.d_mlp, config.biases)
+        self.linear_up = Linear(config.d_model, config.d_mlp, config.biases)
+        self.linear_down = Linear(config.d_mlp, config.d_model, config.biases)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.linear_down(gelu(self.linear_gate(x_BTD)) * self.linear_up(x_BTD))
+
+
+class Embedding(nn.Module):
+    """One row per token, in and out."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def embed(self, tokens_BT: Tensor, dtype: torch.dtype, *, is_scaled: bool) -> Tensor:
+        x_BTD = F.embedding(tokens_BT, self.weight).to(dtype)
+        return x_BTD * x_BTD.new_tensor(x_BTD.shape[-1] ** 0.5) if is_scaled else x_BTD
+
+    def unembed(self, x_BTD: Tensor, soft_cap: float | None) -> Tensor:
+        """Logits, float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""
+        logits_BTV = F.linear(exact(x_BTD), exact(cast(self.weight, x_BTD)))
+        return logits_BTV if soft_cap is None else soft_cap * torch.tanh(logits_BTV / soft_cap)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Negative log likelihood of each target, nats; 0 where IGNORED."""
+    nll = F.cross_entropy(
+        logits_BTV.flatten(0, 1),
+        targets_BT.flatten().long(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    return nll.view(targets_BT.shape)
+
+
+def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """The weight in the dtype of x."""
+    return weight if weight is None or weight.dtype == x.dtype else weight.to(x.dtype)
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in float32, or in float64 when it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x

@@ -1,0 +1,141 @@
+"""Multi-query attention: causal, global or in a sliding window, with rotary positions (RoPE).
+
+Source: arXiv:2402.19427 section 2.3.  Twin: implementations/jax_backend/mixers/mqa.py.
+
+A key is visible iff its distance is at most min(W - 1, position of the query). The cache of a
+sequence holds position p in slot p % num_slots: a ring of the W visible keys, or all of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from implementations.config import ModelConfig
+from implementations.torch_backend.kernels.attention import (
+    attention,
+    window_attention,
+    within_reach,
+)
+from implementations.torch_backend.layers import Linear, exact
+
+
+class State(NamedTuple):
+    """Written in place: the state that a mixer was given is used up."""
+
+    k_BSKH: Tensor  # rotated
+    v_BSKH: Tensor
+    is_empty: bool = False  # no slot was written: none needs to be read
+
+
+def empty_state(
+    config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> State:
+    W = config.num_visible_keys
+    num_slots = capacity if W is None else min(capacity, W)
+    shape = (batch_size, num_slots, config.num_kv_heads, config.head_dim)
+    k_BSKH, v_BSKH = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    return State(k_BSKH, v_BSKH, is_empty=True)
+
+
+class Mixer(nn.Module):
+    """With a state, positions count on from those of its T predecessors, one document a row."""
+
+    def __init__(self, config: ModelConfig, kernels: dict[str, str]):
+        super().__init__()
+        D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        self.linear_q = Linear(D, N * H, has_bias=False)
+        self.linear_k = Linear(D, K * H, has_bias=False)
+        self.linear_v = Linear(D, K * H, has_bias=False)
+        self.linear_out = Linear(N * H, D, config.biases)
+        self.config = config
+        self.variant = kernels["attention"]
+
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        B, T, _ = x_BTD.shape
+        H = self.config.head_dim
+        q_BTNH = self.linear_q(x_BTD).view(B, T, -1, H)
+        k_BTKH = self.linear_k(x_BTD).view(B, T, -1, H)
+        v_BTKH = self.linear_v(x_BTD).view(B, T, -1, H)
+        angles = rope_angles(x_BTD, position_BT, self.config)
+        q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
+        if state is None or state.is_empty:
+            y_BTNH = attend_alone(q_BTNH, k_BTKH, v_BTKH, position_BT, self.config, self.variant)
+            state = None if state is None else write(state, k_BTKH, v_BTKH, position_BT)
+        else:
+            y_BTNH, state = attend_with_state(
+                q_BTNH, k_BTKH, v_BTKH, position_BT, state, self.config, self.variant
+            )
+        return self.linear_out(y_BTNH.reshape(B, T, -1)), state
+
+
+def rope_angles(x: Tensor, position_BT: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2 i / rope_dim): [B, T, 1, rope_dim / 2]."""
+    dtype = exact(x[:0]).dtype
+    half = config.rope_dim // 2
+    exponent = torch.arange(half, dtype=dtype, device=x.device) / max(half, 1)
+    rate_H = 1 / config.rope_base**exponent
+    angle_BT1H = position_BT[:, :, None, None].to(dtype) * rate_H
+    return angle_BT1H.cos(), angle_BT1H.sin()
+
+
+def rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel i against channel i + rope_dim / 2."""
+    half = cos.shape[-1]
+    if not half:
+        return x_BTNH
+    first, second = exact(x_BTNH[..., :half]), exact(x_BTNH[..., half : 2 * half])
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rotated = [part.to(x_BTNH.dtype) for part in rotated]
+    return torch.cat([*rotated, x_BTNH[..., 2 * half :]], -1)
+
+
+def attend_alone(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    position_BT: Tensor,
+    config: ModelConfig,
+    variant: str,
+) -> Tensor:
+    """Nothing lies before the first query."""
+    T, W = q_BTNH.shape[1], config.num_visible_keys
+    reach_BT = torch.minimum(position_BT, torch.arange(T, device=position_BT.device))
+    if W is not None and W < T:
+        return window_attention(q_BTNH, k_BTKH, v_BTKH, reach_BT, W, variant)
+    return attention(q_BTNH, k_BTKH, v_BTKH, within_reach(reach_BT, 0, T), variant)
+
+
+def attend_with_state(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    position_BT: Tensor,
+    state: State,
+    config: ModelConfig,
+    variant: str,
+) -> tuple[Tensor, State]:
+    T, W, num_slots = q_BTNH.shape[1], config.num_visible_keys, state.k_BSKH.shape[1]
+    device = position_BT.device
+    if T > 1 and num_slots == W:
+        # The chunk overwrites keys that its first queries see: read the ring from before it.
+        slots = (position_BT[0, 0] + torch.arange(W, device=device)) % W
+        k_BSKH = torch.cat([state.k_BSKH[:, slots], k_BTKH], 1)  # from the oldest to the newest
+        v_BSKH = torch.cat([state.v_BSKH[:, slots], v_BTKH], 1)
+        y_BTNH = window_attention(q_BTNH, k_BSKH, v_BSKH, position_BT, W, variant)
+        return y_BTNH, write(state, k_BTKH, v_BTKH, position_BT)
+    # Here slot s holds position s, or one query sees all slots: those written are visible.
+    new = write(state, k_BTKH, v_BTKH, position_BT)
+    visible_BTS = torch.arange(num_slots, device=device) <= position_BT[:, :, None]
+    return attention(q_BTNH, new.k_BSKH, new.v_BSKH, visible_BTS, variant), new
+
+
+def write(state: State, k_BTKH: Tensor, v_BTKH: Tensor, position_BT: Tensor) -> State:
+    """The slots with those of the new keys and values that still fit; positions as in row 0."""
+    num_slots = state.k_BSKH.shape[1]
+    slots = position_BT[0, -num_slots:] % num_slots
+    state.k_BSKH.index_copy_(1, slots, k_BTKH[:, -num_slots:])
+    state.v_BSKH.index_copy_(1, slots, v_BTKH[:, -num_slots:])
+    return State(state.k_BSKH, state.v_BSKH)
