@@ -78,7 +78,7 @@ def prepare(
     folder = cache / f"{data.source}-{_key(data)}"
     if not (folder / "corpus.json").exists():
         try:
-            _extract(data, folder, workers or len(os.sched_getaffinity(0)), progress)
+            _extract(data, folder, workers or _num_cores(), progress)
         except FileNotFoundError:
             # Another process finished first and removed the shards that both were writing.
             if not (folder / "corpus.json").exists():
@@ -380,6 +380,13 @@ def _random_corpus(data: DataConfig) -> Corpus:
         bytes_per_token=None,
         unigram_bits_per_byte=None,
     )
+
+
+def _num_cores() -> int:
+    """Cores that this process may use; macOS knows only how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _save(path: Path, array: np.ndarray) -> None:
