@@ -1,0 +1,555 @@
+"""What the samples say together: processes, cells, comparisons, parity and matching."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import statistics
+from suites.harness.record import METRICS
+
+# The metrics that tables show, by suite, the first being the suite's own question.
+HEADLINES = {
+    "training_speed": ("step_time_ms", "tokens_per_s", "mfu", "peak_memory_bytes",
+                       "compile_time_s"),
+    "prefill_latency": ("ttft_ms", "peak_memory_bytes", "compile_time_s"),
+    "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
+    "decode_throughput": ("tokens_per_s", "max_batch_size"),
+    "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
+}  # fmt: skip
+SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "mfu", "mbu",
+          "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
+TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s")  # with a verdict
+QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
+CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
+# Ends that a search or an unsupported point comes to: planned, and shown as a result.
+PLANNED_ENDS = ("completed", "unsupported", "out_of_memory_predicted")
+
+BASELINE = {"backend": "torch", "family": "mqa"}
+FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
+PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
+              "device_kind", "build"]  # fmt: skip
+GREEN, RED, MISSING = "green", "red", "none"
+PARITY_ORDER = (GREEN, MISSING, RED)
+UNVERIFIED = "UNVERIFIED"
+PARITY_SIZE = "tiny"
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+_memory: dict[tuple, tuple[pd.DataFrame, Any]] | None = None
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within the block, what is derived from one frame is derived once. Frames and results must
+    not be changed in place there."""
+    global _memory
+    before, _memory = _memory, {} if _memory is None else _memory
+    try:
+        yield
+    finally:
+        _memory = before
+
+
+def _remembered(function: Callable) -> Callable:
+    @wraps(function)
+    def recall(frame: pd.DataFrame, *args: Any) -> Any:
+        if _memory is None:
+            return function(frame, *args)
+        key = (function.__name__, id(frame), args)
+        if key not in _memory:
+            _memory[key] = (frame, function(frame, *args))  # the frame kept: its id stays its own
+        return _memory[key][1]
+
+    return recall
+
+
+@_remembered
+def runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a run: the attempt that counts."""
+    counted = frame[frame["is_counted"].fillna(False).astype(bool)]
+    return counted.drop_duplicates("attempt").reset_index(drop=True)
+
+
+@_remembered
+def processes(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each (run, metric, at): the median over repeats, with how many were odd."""
+    rows = frame[
+        frame["is_counted"].fillna(False).astype(bool)
+        & (frame["outcome"] == "completed")
+        & (frame["suite"] != "parity")
+        & frame["value"].notna()
+    ]
+    rows = rows.assign(at=rows["at"].astype("float64"))
+    key = ["run_id", "metric", "at"]
+    grouped = rows.groupby(key, dropna=False, sort=False)["value"]
+    median = grouped.transform("median")
+    distance = (rows["value"] - median).abs()
+    rows = rows.assign(median=median, distance=distance)
+    grouped = rows.groupby(key, dropna=False, sort=False)
+    count = grouped["value"].transform("size")
+    spread = grouped["distance"].transform("median")
+    odd = statistics.is_far(distance, median, spread, count)
+    rows = rows.assign(num_repeats=count, odd=odd)
+    rows["num_outliers"] = rows.groupby(key, dropna=False, sort=False)["odd"].transform("sum")
+    rows = rows.drop_duplicates(key)
+    rows["value"] = rows["median"]
+    marked = mark_parity(runs(frame), parity(frame)).set_index("run_id")["parity"]
+    rows["parity"] = rows["run_id"].map(marked)
+    return rows.drop(columns=["median", "distance", "odd", "repeat"]).reset_index(drop=True)
+
+
+@_remembered
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each (cell, metric, at): the median over its processes, with its interval."""
+    rows = processes(frame)
+    settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
+                "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "data",
+                "unit", "across_backends", "across_families", "num_params",
+                "num_params_non_embedding"]  # fmt: skip
+    groups = rows.groupby(["cell_id", "metric", "at"], dropna=False, sort=False)
+    made = groups[settings].first()
+    made["value"] = groups["value"].median()
+    made["num_processes"] = groups["value"].size()
+    for name, column in (("num_rounds", "round"), ("num_seeds", "seed"), ("num_builds", "build")):
+        made[name] = groups[column].nunique()
+    made["num_outliers"] = groups["num_outliers"].sum()
+    # Of several processes the least verified one speaks for the cell, and one stale is stale.
+    made["parity"] = groups["parity"].agg(lambda marks: max(marks, key=PARITY_ORDER.index))
+    made["is_current"] = groups["is_current"].min()
+    mean, deviation = groups["value"].mean(), groups["value"].std(ddof=1)
+    n = made["num_processes"].to_numpy(dtype=int)
+    half = statistics.student_half_width(np.maximum(n, 2), deviation.to_numpy())
+    half = np.where(n > 1, half, np.nan)
+    made["low"], made["high"] = mean.to_numpy() - half, mean.to_numpy() + half
+    made = made.reset_index()
+    is_many = (n >= statistics.BOOTSTRAP_ROUNDS) & ~made["metric"].isin(CURVES).to_numpy()
+    numbers, values = groups.ngroup().to_numpy(), rows["value"].to_numpy()
+    for place in np.flatnonzero(is_many):
+        bounds = statistics.median_interval(values[numbers == place])
+        made.loc[place, ["low", "high"]] = bounds
+    variant = outcomes(frame).set_index("cell_id")["variant"]
+    return made.assign(variant=made["cell_id"].map(variant))
+
+
+@_remembered
+def parity(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each PARITY_KEY: green when every error of a completed check is within its
+    tolerance, and there is at least one; else red. `worst` is the largest error / tolerance."""
+    rows = frame[
+        (frame["suite"] == "parity")
+        & (frame["size"] == PARITY_SIZE)
+        & frame["is_counted"].fillna(False).astype(bool)
+    ]
+    if rows.empty:
+        return pd.DataFrame(columns=[*PARITY_KEY, "status", "num_checks", "worst", "worst_field"])
+    errors = parity_errors(rows)
+    checks = errors.groupby(["attempt", "dtype"], sort=False)
+    worst = errors.loc[checks["share"].idxmax()] if len(errors) else errors
+    facts = worst.set_index(["attempt", "dtype"]).assign(
+        num_checks=checks.size(), is_within=checks["is_within"].all()
+    )
+    made = []
+    for run in rows.drop_duplicates("attempt").to_dict("records"):
+        seen = [dtype for attempt, dtype in facts.index if attempt == run["attempt"]]
+        for dtype in seen or [run["dtype"]]:
+            fact = facts.loc[(run["attempt"], dtype)] if seen else None
+            green = fact is not None and run["outcome"] == "completed" and bool(fact["is_within"])
+            made.append(
+                {name: run[name] for name in PARITY_KEY}
+                | {
+                    "dtype": dtype,
+                    "status": GREEN if green else RED,
+                    "outcome": run["outcome"],
+                    "reason": run["reason"],
+                    "num_checks": 0 if fact is None else int(fact["num_checks"]),
+                    "worst": None if fact is None else float(fact["share"]),
+                    "worst_field": None if fact is None else fact["field"],
+                    "worst_error": None if fact is None else float(fact["value"]),
+                    "tolerance": None if fact is None else float(fact["tolerance"]),
+                    "run_id": run["run_id"],
+                }
+            )
+    status = pd.DataFrame(made)
+    status["family_order"] = [family_order(name) for name in status["family"]]
+    # Several checks of one key (seeds, workloads): one red makes it red.
+    status = status.sort_values(["status", "worst"], ascending=[False, False], kind="stable")
+    checks = status.groupby(PARITY_KEY, dropna=False, sort=False)["num_checks"].transform("sum")
+    return status.assign(num_checks=checks).drop_duplicates(PARITY_KEY)
+    order = ["family_order", "backend", "dtype"]
+    return (
+        status.sort_values(order, kind="stable").drop(columns="family_order").reset_index(drop=True)
+    )
+
+
+@_remembered
+def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every relative error of the parity runs beside its tolerance; share is error / tolerance.
+
+    A field begins with the dtype it was computed in; where it does not, that is the run's.
+    An error without a tolerance is not within it.
+    """
+    rows = frame[
+        (frame["suite"] == "parity") & frame["is_counted"].fillna(False).astype(bool)
+    ].copy()
+    rows["at"] = rows["at"].astype("float64").fillna(-1)
+    rows["field"] = rows["field"].astype(object).where(rows["field"].notna(), "")
+    key = ["attempt", "field", "at"]
+    errors = rows[rows["metric"] == "relative_error"]
+    tolerances = rows[rows["metric"] == "tolerance"].drop_duplicates(key)[[*key, "value"]]
+    errors = errors.merge(tolerances.rename(columns={"value": "tolerance"}), on=key, how="left")
+    first = errors["field"].str.split("/", n=1).str[0]
+    errors["dtype"] = errors["dtype"].where(~first.isin(DTYPES), first)
+    errors["is_within"] = errors["value"] <= errors["tolerance"]
+    share = errors["value"] / errors["tolerance"]
+    errors["share"] = share.where(share.notna(), np.inf).astype("float64")
+    return errors.reset_index(drop=True)
+
+
+def mark_parity(rows: pd.DataFrame, status: pd.DataFrame) -> pd.DataFrame:
+    """`parity` of each row: green, red, or none where no parity record has its key."""
+    known = {tuple(_plain(row[name]) for name in PARITY_KEY): row["status"]
+             for row in status.to_dict("records")}  # fmt: skip
+    keys = zip(*(rows[name] for name in PARITY_KEY), strict=True)
+    rows = rows.copy()
+    rows["parity"] = [known.get(tuple(map(_plain, key)), MISSING) for key in keys]
+    return rows
+
+
+def comparisons(
+    frame: pd.DataFrame, by: str = "backend", ours: str = "jax", baseline: str | None = None
+) -> pd.DataFrame:
+    """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
+
+    `by` is "backend" or "family": the one setting in which the two cells differ. A cell that has
+    no completed run, or no partner, keeps its row: its value is null and its outcome says why.
+    """
+    return _comparisons(frame, by, ours, baseline or BASELINE[by])
+
+
+@_remembered
+def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.DataFrame:
+    cells = summary(frame)
+    cells = cells[_shown(cells)]
+    pairs = _pairs(frame, by, ours, baseline)
+    evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in pairs])
+    facts = {}
+    metrics: dict[str, list[tuple[str, Any]]] = {}
+    for row in cells.to_dict("records"):
+        point = (row["metric"], _plain(row["at"]))
+        facts[row["cell_id"], *point] = row
+        metrics.setdefault(row["cell_id"], []).append(point)
+    made = []
+    for left, right in pairs:
+        one = left or right
+        wanted = [*metrics.get(_id(left), ()), *metrics.get(_id(right), ())]
+        if not wanted:
+            wanted = [(name, None) for name in HEADLINES.get(one["suite"], ())[:1]]
+        for metric, at in dict.fromkeys(wanted):
+            a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
+            rounds = evidence.get((_id(left), _id(right), metric, at))
+            found = _compare(rounds, a, b, METRICS[metric].better)
+            made.append(_pair_row(left, right, a, b, metric, at, found))
+    found = pd.DataFrame(made, columns=_PAIR_COLUMNS)
+    return found.astype({name: "float64" for name in _PAIR_NUMBERS})
+
+
+_SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "seq_len", "batch_size",
+             "prompt_len", "num_new_tokens", "num_steps", "data", "variant")  # fmt: skip
+_SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
+         "num_params", "num_params_non_embedding", "cell_id", "is_current",
+         "num_outliers")  # fmt: skip
+_PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
+                 *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
+                 "speedup", "speedup_low", "speedup_high", "difference", "num_paired_rounds",
+                 "verdict", "reason"]  # fmt: skip
+
+_PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "difference", "at",
+                 *(f"{name}_{side}" for name in ("value", "low", "high", "num_rounds", "num_seeds")
+                   for side in ("ours", "baseline"))]  # fmt: skip
+
+
+def _pair_row(
+    left: dict | None,
+    right: dict | None,
+    a: dict | None,
+    b: dict | None,
+    metric: str,
+    at: float | None,
+    found: statistics.Comparison,
+) -> dict[str, Any]:
+    row = {name: (left or right)[name] for name in _SETTINGS}
+    row |= {"metric": metric, "at": at, "unit": METRICS[metric].unit}
+    for side, cell, fact in (("ours", left, a), ("baseline", right, b)):
+        for name in _SIDE:
+            source = fact if fact is not None and name in fact else (cell or {})
+            row[f"{name}_{side}"] = source.get(name)
+    low, high = found.interval or (None, None)
+    difference = a["value"] - b["value"] if a and b and metric in QUALITIES else None
+    return row | {
+        "speedup": found.speedup,
+        "speedup_low": low,
+        "speedup_high": high,
+        "difference": difference,
+        "num_paired_rounds": found.num_rounds,
+        "verdict": found.verdict if metric in TIMES else None,
+        "reason": found.reason,
+    }
+
+
+def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, np.ndarray]]:
+    """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
+    sides, and whether the two processes shared a block, a node and a device."""
+    rows = processes(frame)
+    rows = rows.loc[_shown(rows), ["cell_id", "metric", "at", "seed", "round", "value", "block",
+                                   "node", "device_name"]]  # fmt: skip
+    rows["at"] = rows["at"].fillna(-1)
+    ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
+    ids = ids.drop_duplicates().astype(object)
+    both = ids.merge(rows.astype({"cell_id": object}), on="cell_id").merge(
+        rows.rename(columns={"cell_id": "other"}).astype({"other": object}),
+        on=["other", "metric", "at", "seed", "round"],
+        suffixes=("", "_2"),
+    )
+    both = both.sort_values(["seed", "round"], kind="stable").reset_index(drop=True)
+    in_block = (both["block"].notna() & (both["block"] == both["block_2"])).to_numpy(dtype=bool)
+    together = in_block.copy()
+    for name in ("node", "device_name"):
+        same = both[name].notna() & (both[name] == both[f"{name}_2"])
+        together &= same.to_numpy(dtype=bool)
+    columns = {
+        "ours": both["value"].to_numpy(dtype=float),
+        "baseline": both["value_2"].to_numpy(dtype=float),
+        "in_block": in_block,
+        "together": together,
+    }
+    key = ["cell_id", "other", "metric", "at"]
+    groups = both.groupby(key, sort=False).indices if len(both) else {}
+    return {
+        (cell, other, metric, None if at < 0 else at): {
+            name: values[places] for name, values in columns.items()
+        }
+        for (cell, other, metric, at), places in groups.items()
+    }
+
+
+def _compare(
+    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str | None
+) -> statistics.Comparison:
+    if a is None or b is None:
+        return statistics.Comparison(None, None, 0, "inconclusive", "one side has no value")
+    if better is None:
+        return statistics.Comparison(None, None, 0, "inconclusive", "neither way is better")
+    if {a["device_kind"], b["device_kind"]} > {"cpu"}:
+        reason = "CPU is never paired with an accelerator"
+        return statistics.Comparison(None, None, 0, statistics.UNPAIRED, reason)
+    if rounds is None or not rounds["together"].any():
+        is_block = rounds is not None and rounds["in_block"].any()
+        reason = "measured on different nodes or devices" if is_block else "not of one block"
+        return statistics.unpaired(a["value"], b["value"], better=better, reason=reason)
+    kept = rounds["together"]
+    return statistics.compare(rounds["ours"][kept], rounds["baseline"][kept], better=better)
+
+
+def _pairs(
+    frame: pd.DataFrame, by: str, ours: str, baseline: str
+) -> list[tuple[dict | None, dict | None]]:
+    """Cells of `ours` beside cells of `baseline` that differ in nothing else.
+
+    Kernel names differ between backends: where both asked for the same, only those are paired.
+    """
+    match = "across_backends" if by == "backend" else "across_families"
+    groups: dict[str, list[dict]] = {}
+    for cell in outcomes(frame).to_dict("records"):
+        if cell["suite"] != "parity":
+            groups.setdefault(cell[match], []).append(cell)
+    made: list[tuple[dict | None, dict | None]] = []
+    for group in groups.values():
+        lefts = [cell for cell in group if cell[by] == ours]
+        rights = [cell for cell in group if cell[by] == baseline]
+        for left in lefts:
+            partners = [r for r in rights if r["kernels"] == left["kernels"]] or rights
+            made += [(left, right) for right in partners] or [(left, None)]
+        if not lefts:
+            made += [(None, right) for right in rights]
+    return made
+
+
+@_remembered
+def outcomes(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: its settings and how its runs ended, e.g. "2 completed, 1 timed_out"."""
+    rows = mark_parity(runs(frame), parity(frame))
+    groups = rows.groupby("cell_id", sort=False)
+    made = groups.first()
+    made["num_runs"] = groups.size()
+    made["num_completed"] = (rows["outcome"] == "completed").groupby(rows["cell_id"]).sum()
+    status: dict[str, list[str]] = {}
+    for (cell, outcome), count in rows.groupby(["cell_id", "outcome"], sort=False).size().items():
+        status.setdefault(cell, []).append(outcome if count == 1 else f"{count} {outcome}")
+    made["status"] = [", ".join(status[cell]) for cell in made.index]
+    # Where rounds ended differently, one that did not complete names the outcome.
+    ended = rows.sort_values("outcome", key=lambda c: c == "completed", kind="stable")
+    made["outcome"] = ended.groupby("cell_id")["outcome"].first()
+    made["variant"] = _variants(made)
+    return made.reset_index()
+
+
+def _variants(cells: pd.DataFrame) -> list[str]:
+    """What sets a cell apart from others of its suite, family and size: "lambda_init=code"."""
+    settings = [
+        {**json.loads(model), **json.loads(kernels)}
+        for model, kernels in zip(cells["model"], cells["kernels"], strict=True)
+    ]
+    keys = list(zip(cells["suite"], cells["family"], cells["size"], strict=True))
+    seen: dict[tuple, dict[str, set[str]]] = {}
+    for key, values in zip(keys, settings, strict=True):
+        for name, value in values.items():
+            seen.setdefault(key, {}).setdefault(name, set()).add(str(value))
+    return [
+        ", ".join(f"{name}={value}" for name, value in values.items() if len(seen[key][name]) > 1)
+        for key, values in zip(keys, settings, strict=True)
+    ]
+
+
+def failures(frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs whose counted attempt did not complete, with reason and phase."""
+    rows = runs(frame)
+    return rows[rows["outcome"] != "completed"].reset_index(drop=True)
+
+
+def frontier(frame: pd.DataFrame) -> pd.DataFrame:
+    """The largest batch of each decode_throughput cell, and the longest context that completed
+    beside the shortest that ran out of memory, where a sweep met one."""
+    made = []
+    cells = summary(frame)
+    for row in cells[cells["metric"] == "max_batch_size"].to_dict("records"):
+        made.append(_frontier_row(row, "largest batch", row["value"], None))
+    ends = outcomes(frame)
+    ends["length"] = ends["seq_len"].astype("float64").fillna(ends["prompt_len"].astype("float64"))
+    key = ["suite", "family", "size", "backend", "dtype", "device_kind"]
+    for _, group in ends[ends["length"].notna()].groupby(key, sort=False):
+        is_out = group["outcome"].isin(["out_of_memory", "out_of_memory_predicted"])
+        if is_out.any():
+            done = group.loc[group["outcome"] == "completed", "length"]
+            first = group.loc[is_out, "length"].min()
+            longest = done.max() if len(done) else None
+            made.append(_frontier_row(group.iloc[0].to_dict(), "longest context", longest, first))
+    columns = [*key, "prompt_len", "frontier", "reached", "out_of_memory_at"]
+    return pd.DataFrame(made, columns=columns)
+
+
+def _frontier_row(row: dict, name: str, reached: Any, failed_at: Any) -> dict[str, Any]:
+    key = ("suite", "family", "size", "backend", "dtype", "device_kind", "prompt_len")
+    return {k: row.get(k) for k in key} | {
+        "frontier": name,
+        "reached": reached,
+        "out_of_memory_at": failed_at,
+    }
+
+
+@dataclass(frozen=True)
+class Match:
+    """One line of the matching certificate: who is compared, what is equal, what is not."""
+
+    suite: str
+    size: str
+    scope: str  # "griffin: jax, torch" or "jax: griffin, hawk, mqa"
+    is_matched: bool | None  # None: one side only, or a fact that was not recorded
+    differs: tuple[str, ...]
+    facts: dict[str, str]
+
+
+MATCHED_ACROSS_BACKENDS = ("num_params", "num_params_non_embedding", "train_flops_per_token",
+                           "num_tokens", "optimizer", "data_digest", "init_digest")  # fmt: skip
+MATCHED_ACROSS_FAMILIES = ("num_tokens", "optimizer", "data_digest")
+
+
+def certificate(frame: pd.DataFrame) -> list[Match]:
+    """What the runs compared had in common: per family across backends, per backend across
+    families. Runs of one seed and round are held against each other."""
+    rows = runs(frame)
+    rows = rows[rows["suite"] != "parity"].copy()
+    work = [rows[name].astype("float64").fillna(0) for name in
+            ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")]  # fmt: skip
+    batch, seq, prompt, new, steps = work
+    rows["num_tokens"] = batch * (seq + prompt + new) * steps.clip(lower=1)
+    made = []
+    for by, held, match, same in (
+        ("backend", "family", "across_backends", MATCHED_ACROSS_BACKENDS),
+        ("family", "backend", "across_families", MATCHED_ACROSS_FAMILIES),
+    ):
+        for (suite, size, who), group in rows.groupby(["suite", "size", held], sort=False):
+            made.append(_match(group, by, match, same, suite, size, who))
+    families = [*FAMILIES, *sorted(set(rows["family"]) - set(FAMILIES))]
+
+    def place(match: Match) -> tuple:
+        who = match.scope.split(":")[0]
+        return (match.suite, match.size, families.index(who) if who in families else 99, who)
+
+    return sorted(made, key=place)
+
+
+def _match(
+    group: pd.DataFrame, by: str, match: str, same: tuple[str, ...], suite: str, size: str, who: str
+) -> Match:
+    names = sorted(group[by].unique(), key=family_order)
+    differs, unknown, compared = [], [], False
+    points = group.groupby([match, "seed", "round"], sort=False)
+    together = points[by].transform("nunique") > 1
+    compared = bool(together.any())
+    for fact in same:
+        part = group[together]
+        if part.empty:
+            continue
+        if part[fact].isna().any():
+            unknown.append(fact)
+        counts = part.groupby([match, "seed", "round"], sort=False)[fact].nunique()
+        if (counts > 1).any():
+            differs.append(fact)
+    facts = {fact: _span(group[fact]) for fact in MATCHED_ACROSS_BACKENDS}
+    if not differs and (unknown or not compared):
+        verdict = None
+        differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
+    else:
+        verdict = not differs
+    return Match(suite, size, f"{who}: {', '.join(names)}", verdict, tuple(differs), facts)
+
+
+def _span(values: pd.Series) -> str:
+    """The value, "low to high" of numbers, or how many different texts there are."""
+    known = values.dropna().unique()
+    if not len(known):
+        return "-"
+    if isinstance(known[0], str):
+        return known[0] if len(known) == 1 else f"{len(known)} values"
+    low, high = min(known), max(known)
+    return f"{int(low):,}" if low == high else f"{int(low):,} to {int(high):,}"
+
+
+def _shown(rows: pd.DataFrame) -> pd.Series:
+    """Headline metrics; `at` is kept for throughput by batch size alone."""
+    unknown = ~rows["suite"].isin(list(HEADLINES))
+    wanted = [metric in HEADLINES.get(suite, ()) for suite, metric in
+              zip(rows["suite"], rows["metric"], strict=True)]  # fmt: skip
+    plain = rows["at"].isna() | (rows["suite"] == "decode_throughput")
+    return (pd.Series(wanted, index=rows.index, dtype=bool) | (unknown & plain)) & ~rows[
+        "metric"
+    ].isin(CURVES)
+
+
+def _id(cell: dict | None) -> str | None:
+    return None if cell is None else cell["cell_id"]
+
+
+def _plain(value: Any) -> Any:
+    """A value that is equal to itself: every kind of missing becomes None."""
+    return None if pd.isna(value) else value
+
+
+def family_order(name: str) -> tuple[int, str]:
+    return (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name)

@@ -1,0 +1,300 @@
+"""Figures: one function each, a DataFrame of analysis.load in, a Figure out, None without data.
+
+Families are colours, backends are markers and line styles (analysis/style.py); intervals are
+drawn from two rounds; hollow markers and a line under the plot say UNVERIFIED.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from analysis import derive, style, tables
+from suites.harness.record import METRICS
+
+PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
+LINE = ["family", "backend", "variant"]
+MAX_PANELS = 4
+
+
+def relative_step_time(frame: pd.DataFrame) -> Figure | None:
+    """Step time relative to MQA of the same backend, by seq_len, tokens per step constant."""
+    rows = _summary(frame, "training_speed", "step_time_ms")
+    if rows.empty:
+        return None
+    others = sorted(set(rows["family"]) - {"mqa"}, key=derive.family_order)
+    if not others or "mqa" not in set(rows["family"]):
+        return None
+    found = pd.concat([derive.comparisons(frame, by="family", ours=name) for name in others])
+    found = found[(found["metric"] == "step_time_ms") & found["speedup"].notna()]
+    found = found.drop_duplicates("cell_id_ours").set_index("cell_id_ours")
+    rows = rows[rows["cell_id"].isin(found.index)].copy()
+    found = found.loc[rows["cell_id"]]
+    rows["value"] = 1 / found["speedup"].to_numpy(dtype=float)
+    rows["low"] = 1 / found["speedup_high"].to_numpy(dtype=float)
+    rows["high"] = 1 / found["speedup_low"].to_numpy(dtype=float)
+    of_mqa = (found["parity_baseline"] == derive.GREEN).to_numpy()
+    rows["parity"] = rows["parity"].where(of_mqa, derive.MISSING)
+    label = "Step time relative to MQA"
+    return _lines(rows, "seq_len", "Sequence length (tokens)", label, reference=1.0)
+
+
+def training_throughput(frame: pd.DataFrame) -> Figure | None:
+    """Tokens per second in training, by seq_len."""
+    return _metric(frame, "training_speed", "tokens_per_s", "seq_len", "Sequence length (tokens)")
+
+
+def prefill_latency(frame: pd.DataFrame) -> Figure | None:
+    """Time to first token, by prompt_len."""
+    return _metric(frame, "prefill_latency", "ttft_ms", "prompt_len", "Prompt length (tokens)")
+
+
+def decode_latency(frame: pd.DataFrame) -> Figure | None:
+    """Time per output token, by prompt_len."""
+    return _metric(frame, "decode_latency", "tpot_ms", "prompt_len", "Prompt length (tokens)")
+
+
+def decode_throughput(frame: pd.DataFrame) -> Figure | None:
+    """Decoded tokens per second, by batch size."""
+    rows = _summary(frame, "decode_throughput", "tokens_per_s", at=True)
+    return _lines(rows, "at", "Batch size (sequences)", METRICS["tokens_per_s"].label)
+
+
+def learning_curves(frame: pd.DataFrame) -> Figure | None:
+    """Training loss by step; the median over seeds, smoothed over a fortieth of the run."""
+    rows = _summary(frame, "language_modeling", "train_loss", at=True)
+    if rows.empty:
+        return None
+    rows = rows.sort_values("at")
+    curves = rows.groupby(["cell_id"], sort=False)
+    for column in ("value", "low", "high"):
+        rows[column] = curves[column].transform(
+            lambda values: values.rolling(max(1, len(values) // 40), min_periods=1).median()
+        )
+    label = METRICS["train_loss"].label
+    return _lines(rows, "at", "Optimizer step", label, is_log=False, is_curve=True)
+
+
+def loss_by_position(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss by position in the sequence, averaged over 24 log-spaced bins."""
+    rows = _summary(frame, "language_modeling", "loss_by_position", at=True)
+    if rows.empty:
+        return None
+    rows["at"] = rows["at"] + 1  # positions count from 0; a log axis from 1
+    edges = np.unique(np.geomspace(1, rows["at"].max() + 1, 25).round())
+    rows["bin"] = np.digitize(rows["at"], edges)
+    kept = [*PANEL, "family", "backend", "cell_id", "parity", "variant", "batch_size"]
+    rows = rows.groupby([*kept, "bin"], sort=False, as_index=False).agg(
+        at=("at", "mean"), value=("value", "mean"), low=("low", "mean"), high=("high", "mean"),
+    )  # fmt: skip
+    label = METRICS["loss_by_position"].label
+    return _lines(rows, "at", "Position in the sequence, from 1", label, is_curve=True)
+
+
+def parity_error(frame: pd.DataFrame) -> Figure | None:
+    """The worst relative error of each kind of field, and its tolerance as a bar."""
+    errors = derive.parity_errors(frame)
+    errors = errors[errors["size"] == derive.PARITY_SIZE] if len(errors) else errors
+    if errors.empty:
+        return None
+    parts = errors["field"].str.split("/")
+    errors["kind"] = [
+        "/".join(part[:2]) if part[0] in derive.DTYPES and len(part) > 1 else part[0]
+        for part in parts
+    ]
+    errors = errors.sort_values("share", kind="stable")
+    key = ["kind", "family", "backend"]
+    worst = errors.drop_duplicates(key, keep="last").sort_values("kind", kind="stable")
+    kinds = list(dict.fromkeys(worst["kind"]))[::-1]
+    floor = max(min(worst["value"].min(), 1e-3), 1e-18)  # an exact 0 is drawn at the left edge
+    figure = Figure(figsize=(7.2, 1.5 + 0.36 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot()
+    groups = sorted(set(zip(worst["family"], worst["backend"], strict=True)), key=_order)
+    for number, (family, backend) in enumerate(groups):
+        part = worst[(worst["family"] == family) & (worst["backend"] == backend)]
+        shift = 0.5 * (number - (len(groups) - 1) / 2) / max(1, len(groups))
+        y = np.array([kinds.index(kind) for kind in part["kind"]]) - shift
+        look = style.line(family, backend) | {"linestyle": "none"}
+        axes.plot(np.maximum(part["value"].astype(float), floor), y, **look,
+                  label=_label(family, backend))  # fmt: skip
+    for kind, limit in worst.groupby("kind")["tolerance"].min().items():
+        if limit > 0:
+            place = kinds.index(kind)
+            axes.plot([limit, limit], [place - 0.38, place + 0.38], color=style.ALARM, lw=2.5,
+                      label="Tolerance" if kind == kinds[0] else None)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("Relative error of the worst tensor (largest float64 value = 1)")
+    axes.grid(visible=False, axis="y")
+    _legend(figure, axes)
+    return figure
+
+
+def peak_memory(frame: pd.DataFrame) -> Figure | None:
+    """Peak memory in training by seq_len; a cross at the top edge is a run that did not end."""
+    rows = _summary(frame, "training_speed", "peak_memory_bytes")
+    lost = derive.failures(frame)
+    lost = lost[(lost["suite"] == "training_speed") & lost["seq_len"].notna()]
+    label = METRICS["peak_memory_bytes"].label
+    return _lines(rows, "seq_len", "Sequence length (tokens)", label, lost=lost, from_zero=True)
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
+    function.__name__: function
+    for function in (relative_step_time, training_throughput, prefill_latency, decode_latency,
+                     decode_throughput, learning_curves, loss_by_position, peak_memory,
+                     parity_error)
+}  # fmt: skip
+
+
+def caption(name: str) -> str:
+    return (FIGURES[name].__doc__ or "").strip().replace("\n    ", " ")
+
+
+def _metric(frame: pd.DataFrame, suite: str, metric: str, x: str, x_label: str) -> Figure | None:
+    return _lines(_summary(frame, suite, metric), x, x_label, METRICS[metric].label)
+
+
+def _summary(frame: pd.DataFrame, suite: str, metric: str, at: bool = False) -> pd.DataFrame:
+    """Cells of one metric of one suite, in the unit of its axis."""
+    rows = derive.summary(frame)
+    is_wanted = (rows["suite"] == suite) & (rows["metric"] == metric) & (rows["at"].notna() == at)
+    rows = rows[is_wanted].copy()
+    for column in ("value", "low", "high"):
+        rows[column] = rows[column].astype(float) / tables.SCALES.get(metric, 1.0)
+    return rows
+
+
+def _lines(
+    rows: pd.DataFrame,
+    x: str,
+    x_label: str,
+    y_label: str,
+    *,
+    is_log: bool = True,
+    is_curve: bool = False,
+    reference: float | None = None,
+    lost: pd.DataFrame | None = None,
+    from_zero: bool = False,
+) -> Figure | None:
+    """A panel for each size, dtype and device, a line for each family and backend. With one x
+    alone the families stand side by side instead."""
+    rows = rows[rows[x].notna()]
+    if rows.empty:
+        return None
+    panels = list(rows.groupby(PANEL, sort=True))
+    left_out, panels = len(panels) - MAX_PANELS, panels[:MAX_PANELS]
+    is_single = rows[x].nunique() == 1 and not is_curve
+    figure = Figure(figsize=(max(7.2, 3.9 * len(panels)), 3.9), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (key, part) in zip(grid, panels, strict=True):
+        if reference is not None:
+            axes.axhline(reference, color=style.family_color("mqa"), linewidth=1.2,
+                         label=style.family_label("mqa"))  # fmt: skip
+        families = sorted(part["family"].unique(), key=derive.family_order)
+        lines = [*LINE, "batch_size"] if part.duplicated([*LINE, x]).any() else LINE
+        groups = sorted(part.groupby(lines), key=lambda item: _order(item[0]))
+        backends = sorted(part["backend"].unique())
+        seen: dict[tuple, int] = {}
+        for name, line in groups:
+            family, backend = name[:2]
+            verified = bool((line["parity"] == derive.GREEN).all())
+            look = style.line(family, backend, is_verified=verified)
+            number = seen[name[:2]] = seen.get(name[:2], 0) + 1
+            look["alpha"] = max(0.25, 1.3 - 0.3 * number)  # further variants of one colour pale
+            extra = [name[2], *(f"batch {size}" for size in name[3:])]
+            label = ", ".join([_label(family, backend), *filter(None, extra)])
+            label += "" if verified else f" {derive.UNVERIFIED}"
+            line = line.sort_values(x)
+            places = line[x].to_numpy(dtype=float)
+            if is_single:
+                step = (backends.index(backend) - (len(backends) - 1) / 2) * 0.22
+                places = np.full(len(line), families.index(family) + step)
+                look["linestyle"] = "none"
+            _draw(axes, line, places, look, label, is_curve)
+        if is_single:
+            axes.set_xticks(range(len(families)), [style.family_label(f) for f in families])
+            axes.set_xlim(-0.6, len(families) - 0.4)
+            axes.grid(visible=False, axis="x")
+            axes.set_xlabel(f"Family; {x_label.lower()}: {int(rows[x].iloc[0]):,}")
+        else:
+            axes.set_xlabel(x_label)
+            if is_log:
+                _log_lengths(axes, part[x].to_numpy(dtype=float))
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if lost is not None and not is_single:
+            _mark_lost(axes, lost, key, x)
+        if len(panels) > 1:
+            varied = [i for i, name in enumerate(PANEL) if rows[name].nunique() > 1]
+            axes.set_title(", ".join(str(key[i]) for i in varied))
+        if rows["value"].max() >= 10_000:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    grid[0].set_ylabel(y_label)
+    _legend(figure, grid[0])
+    notes = []
+    if (rows["parity"] != derive.GREEN).any():
+        notes.append(
+            f"Hollow markers are {derive.UNVERIFIED}: no green parity record of the same "
+            "kernels, dtype, device and build."
+        )
+    if left_out > 0:
+        notes.append(f"{left_out} further panels are in the tables alone.")
+    if notes:
+        figure.supxlabel(" ".join(notes), x=0.01, ha="left", fontsize=8, color=style.ALARM)
+    return figure
+
+
+def _draw(
+    axes: Axes, line: pd.DataFrame, places: np.ndarray, look: dict, label: str, is_curve: bool
+) -> None:
+    value, low, high = (line[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+    is_known = ~(np.isnan(low) | np.isnan(high))
+    if is_curve:
+        every = max(1, len(line) // 8)
+        axes.plot(places, value, **look, label=label, markevery=every)
+        if is_known.all():
+            axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        return
+    axes.plot(places, value, **look, label=label)
+    if is_known.any():
+        reach = np.abs(np.stack([value - low, high - value]))[:, is_known]
+        axes.errorbar(places[is_known], value[is_known], yerr=reach, fmt="none", capsize=3,
+                      ecolor=look["color"], elinewidth=1.2)  # fmt: skip
+
+
+def _mark_lost(axes: Axes, lost: pd.DataFrame, key: tuple, x: str) -> None:
+    same = (lost[PANEL] == list(key)).all(axis=1)
+    for (family, backend, outcome), part in lost[same].groupby(["family", "backend", "outcome"]):
+        places = part[x].drop_duplicates().to_numpy(dtype=float)
+        axes.plot(places, np.ones(len(places)), "x", color=style.family_color(family), mew=2,
+                  transform=axes.get_xaxis_transform(), clip_on=False,
+                  label=f"{_label(family, backend)}: {outcome}")  # fmt: skip
+
+
+def _log_lengths(axes: Axes, places: np.ndarray) -> None:
+    """Base 2, with a tick at each length that was measured while they are few."""
+    axes.set_xscale("log", base=2)
+    ticks = np.unique(places)
+    if len(ticks) <= 9:
+        axes.set_xticks(ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = len(labels) if len(labels) < 3 else min(3, (len(labels) + 1) // 2)
+    figure.legend(handles, labels, loc="outside upper left", ncols=max(1, columns))
+
+
+def _label(family: str, backend: str) -> str:
+    return f"{style.family_label(family)}, {style.backend_label(backend)}"
+
+
+def _order(name: tuple) -> tuple:
+    return (*derive.family_order(name[0]), *name[1:])

@@ -1,0 +1,154 @@
+"""Intervals and verdicts: the median of each process, paired log-ratios over rounds.
+
+The unit of evidence is the process (one run): repeats within it are summed up by their median
+and never counted as independent. Intervals have level 95%: Student's t below 20 rounds, the
+bootstrap from 20 (of a single variant's median: order statistics).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# scipy.stats takes a second to import: the bootstrap alone does
+from scipy.special import (
+    bdtrik,
+    stdtrit,
+)  # scipy.stats takes a second to import; only the bootstrap needs it
+
+LEVEL = 0.95
+MIN_ROUNDS = 6  # below: no verdict
+BOOTSTRAP_ROUNDS = 20  # from here the bootstrap takes over from Student's t
+EQUIVALENCE_MARGIN = 0.02  # ratios within 2% of 1 are equivalent
+NUM_RESAMPLES = 1999
+MIN_REPEATS = 5  # below: no repeat is called an outlier
+OUTLIER_SCORE = 5.0  # |value - median| beyond 5 scaled median absolute deviations ...
+OUTLIER_SHARE = 0.05  # ... and beyond 5% of the median: five repeats alone have tiny deviations
+VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
+UNPAIRED = "unpaired"
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times faster ours is than the baseline (> 1 is faster), with its interval."""
+
+    speedup: float | None
+    interval: Interval | None
+    num_rounds: int
+    verdict: str  # one of VERDICTS, or "unpaired"
+    reason: str | None = None  # why there is no verdict
+
+
+def per_process_median(values: Sequence[float]) -> float:
+    return float(np.median(np.asarray(values, dtype=float)))
+
+
+def is_outlier(values: Sequence[float]) -> np.ndarray:
+    """Which repeats of one process stand far from its median. They are flagged, never dropped."""
+    values = np.asarray(values, dtype=float)
+    distance = np.abs(values - np.median(values))
+    return is_far(distance, np.median(values), np.median(distance), len(values))
+
+
+def is_far(distance: Any, median: Any, median_distance: Any, count: Any) -> Any:
+    """The rule of is_outlier, elementwise; 1.4826 makes it a normal's standard deviation."""
+    far = np.maximum(OUTLIER_SCORE * 1.4826 * median_distance, OUTLIER_SHARE * np.abs(median))
+    return (distance > far) & (count >= MIN_REPEATS)
+
+
+def student_interval(values: Sequence[float]) -> Interval | None:
+    """Interval of the mean, by Student's t; None below two values."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return None
+    half = student_half_width(len(values), float(values.std(ddof=1)))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def student_half_width(n: np.ndarray | int, deviation: np.ndarray | float) -> np.ndarray | float:
+    """Half the interval of a mean of n values, elementwise."""
+    return stdtrit(np.asarray(n) - 1, (1 + LEVEL) / 2) * deviation / np.sqrt(n)
+
+
+def bootstrap_interval(values: Sequence[float]) -> Interval:
+    """Interval of the mean: bootstrap, bias-corrected and accelerated, of a fixed seed."""
+    values = np.asarray(values, dtype=float)
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    from scipy.stats import bootstrap  # here: importing it takes a second
+
+    found = bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=LEVEL,
+        n_resamples=NUM_RESAMPLES,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """Interval of one variant's typical value over its processes; None below two. From 20 it is
+    that of the median by order statistics: exact, whatever the distribution."""
+    values = np.sort(np.asarray(values, dtype=float))
+    if len(values) < BOOTSTRAP_ROUNDS:
+        return student_interval(values)
+    # the largest number of values that may be left out below and above: P(X < skipped) <= 2.5%
+    skipped = max(0, math.floor(bdtrik((1 - LEVEL) / 2, len(values), 0.5)))
+    return float(values[skipped]), float(values[-1 - skipped])
+
+
+def compare(
+    ours: Sequence[float], baseline: Sequence[float], *, better: str = "lower"
+) -> Comparison:
+    """Paired comparison of per-process medians: ours[i] and baseline[i] are of one round.
+
+    The speedup is the geometric mean over rounds of baseline / ours, or of ours / baseline where
+    more is better.
+    """
+    ours, baseline = np.asarray(ours, dtype=float), np.asarray(baseline, dtype=float)
+    if ours.shape != baseline.shape or ours.ndim != 1:
+        raise ValueError(
+            f"a paired comparison needs as many rounds of both, got {ours.shape} and "
+            f"{baseline.shape}."
+        )
+    if better not in ("lower", "higher"):
+        raise ValueError(f"better={better!r}; must be 'lower' or 'higher'.")
+    n = len(ours)
+    if n == 0:
+        return Comparison(None, None, 0, UNPAIRED, "no round was measured on the same node")
+    if not ((ours > 0) & (baseline > 0)).all():
+        return Comparison(None, None, n, "inconclusive", "a ratio needs positive values")
+    log_ratio = np.log(baseline) - np.log(ours)
+    if better == "higher":
+        log_ratio = -log_ratio
+    bounds = student_interval(log_ratio) if n < BOOTSTRAP_ROUNDS else bootstrap_interval(log_ratio)
+    interval = None if bounds is None else (math.exp(bounds[0]), math.exp(bounds[1]))
+    verdict, reason = _verdict(interval, n)
+    return Comparison(math.exp(log_ratio.mean()), interval, n, verdict, reason)
+
+
+def unpaired(ours: float, baseline: float, *, better: str, reason: str) -> Comparison:
+    """The bare ratio of two medians that were not measured side by side: no verdict."""
+    if not (ours > 0 and baseline > 0):
+        return Comparison(None, None, 0, UNPAIRED, reason)
+    ratio = baseline / ours if better == "lower" else ours / baseline
+    return Comparison(ratio, None, 0, UNPAIRED, reason)
+
+
+def _verdict(interval: Interval | None, n: int) -> tuple[str, str | None]:
+    if n < MIN_ROUNDS or interval is None:
+        return "inconclusive", f"{n} of {MIN_ROUNDS} rounds"
+    low, high = interval
+    if low >= 1 / (1 + EQUIVALENCE_MARGIN) and high <= 1 + EQUIVALENCE_MARGIN:
+        return "equivalent", None
+    if low > 1:
+        return "faster", None
+    if high < 1:
+        return "slower", None
+    return "inconclusive", "the interval holds both faster and slower"

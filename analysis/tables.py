@@ -1,0 +1,331 @@
+"""Tables: raw values for CSV beside the texts that people read; a missing value is "-" and why."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import derive, statistics, style
+from suites.harness.record import METRICS
+
+NONE = "-"
+SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20}  # METRICS labels say GiB, MiB
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` are texts for people, one list a row under `header`; `frame` holds the raw values."""
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    frame: pd.DataFrame
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in lines)
+
+    def write_csv(self, folder: Path) -> Path:
+        path = folder / f"{self.name}.csv"
+        self.frame.to_csv(path, index=False, na_rep="")
+        return path
+
+
+def side_by_side(
+    frame: pd.DataFrame,
+    by: str = "backend",
+    ours: str = "jax",
+    baseline: str | None = None,
+    *,
+    is_brief: bool = False,
+) -> Table:
+    """Both sides of every matched pair: values with intervals, speedup, verdict, parity, size.
+    A brief table has the first metric of each suite alone."""
+    baseline = baseline or derive.BASELINE[by]
+    found = derive.comparisons(frame, by, ours, baseline)
+    if is_brief:
+        first = [derive.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
+        found = found[found["metric"] == first]
+    found = _sorted(found)
+    shown = ["suite", "family" if by == "backend" else "backend"]
+    rest = ("size", "dtype", "device_kind", "data", "variant")
+    shown += [name for name in rest if found[name].nunique() > 1]
+    header = [*shown, "workload", "metric", ours, baseline, f"{ours} / {baseline}", "rounds",
+              "verdict", "parity", "num_params", "num_params_non_embedding"]  # fmt: skip
+    rows = []
+    for row in found.to_dict("records"):
+        rows.append(
+            [
+                *(_text(row[name]) for name in shown),
+                workload(row),
+                _metric_name(row["metric"]),
+                _side(row, "ours"),
+                _side(row, "baseline"),
+                _ratio(row),
+                _rounds(row),
+                verdict(row, ours),
+                parity_mark(row, ours, baseline),
+                _both(row, "num_params"),
+                _both(row, "num_params_non_embedding"),
+            ]
+        )
+    note = (
+        f"The ratio is how many times faster {ours} is than {baseline} (above 1: {ours} is "
+        "faster; above 1 is better for memory too), the geometric mean over paired rounds with "
+        "its 95% interval; losses are compared by their difference. Values are medians over "
+        "processes of medians over repeats."
+    )
+    title = f"{_name(by, ours)} beside {_name(by, baseline)}"
+    return Table(f"{by}_{ours}_{baseline}", title, header, rows, found, note)
+
+
+def of_suite(table: Table, suite: str) -> Table:
+    """The rows of one suite, without the column that names it."""
+    keep = (table.frame["suite"] == suite).to_list()
+    place = table.header.index("suite")
+    rows = [
+        row[:place] + row[place + 1 :] for row, kept in zip(table.rows, keep, strict=True) if kept
+    ]
+    header = table.header[:place] + table.header[place + 1 :]
+    return Table(f"{table.name}_{suite}", suite, header, rows, table.frame[keep])
+
+
+def parity(frame: pd.DataFrame) -> Table:
+    status = derive.parity(frame)
+    header = ["family", "backend", "dtype", "linear_scan", "attention", "device", "build", "parity",
+              "checks", "worst error / tolerance", "at"]  # fmt: skip
+    rows = []
+    for row in status.to_dict("records"):
+        share, worst = row["worst"], NONE
+        if share is not None and not pd.isna(share):
+            limit = _text(row["tolerance"], "{:.1e}")
+            worst = f"{row['worst_error']:.1e} / {limit}"
+        verdict = row["status"].upper() if row["status"] == derive.RED else row["status"]
+        if row["outcome"] != "completed":
+            verdict += f" ({row['outcome']}: {_text(row['reason'])})"
+        names = ("family", "backend", "dtype", "linear_scan", "attention", "device_kind")
+        rows.append(
+            [
+                *(_text(row[name]) for name in names),
+                _text(row["build"])[:8],
+                verdict,
+                f"{row['num_checks']:,}",
+                worst,
+                _text(row["worst_field"]),
+            ]
+        )
+    note = (
+        "Green: every relative error (to the float64 reference and to the other backend) is "
+        "within its tolerance, at size=tiny. It verifies speed numbers of the same family, "
+        "architecture settings, backend, dtype, kernels, device kind and build."
+    )
+    return Table("parity", "Parity", header, rows, status, note)
+
+
+def certificate(frame: pd.DataFrame) -> Table:
+    matches = derive.certificate(frame)
+    names = ("num_params", "num_params_non_embedding", "train_flops_per_token", "num_tokens",
+             "optimizer", "data_digest", "init_digest")  # fmt: skip
+    header = ["suite", "size", "compared", "matched", *names]
+    rows, raw = [], []
+    for match in matches:
+        verdict = {True: "matched", False: "DIFFERS: ", None: "not established: "}[match.is_matched]
+        verdict += ", ".join(match.differs)
+        facts = [match.facts.get(name, NONE) for name in names]
+        rows.append([match.suite, match.size, match.scope, verdict, *facts])
+        raw.append(dict(zip(header, rows[-1], strict=True)))
+    note = (
+        "Runs of one seed and round are held against each other. Across backends everything must "
+        "be equal; across families tokens, optimizer and data order."
+    )
+    raw_frame = pd.DataFrame(raw, columns=header)
+    return Table("certificate", "Matching certificate", header, rows, raw_frame, note)
+
+
+def failures(frame: pd.DataFrame) -> Table:
+    lost = derive.failures(frame)
+    header = ["suite", "family", "size", "backend", "workload", "seed", "round", "outcome", "phase",
+              "reason", "run_id"]  # fmt: skip
+    rows = [
+        [
+            *(_text(row[name]) for name in ("suite", "family", "size", "backend")),
+            workload(row),
+            *(_text(row[name]) for name in header[5:]),
+        ]
+        for row in lost.to_dict("records")
+    ]
+    columns = [name for name in header if name != "workload"]
+    return Table("failures", "Runs that did not complete", header, rows, lost[columns])
+
+
+def frontier(frame: pd.DataFrame) -> Table:
+    edge = derive.frontier(frame)
+    header = ["suite", "family", "size", "backend", "dtype", "prompt_len", "frontier", "reached",
+              "out of memory at"]  # fmt: skip
+    names = [*header[:8], "out_of_memory_at"]
+    rows = [[_text(row[name], "{:,.0f}") for name in names] for row in edge.to_dict("records")]
+    return Table("frontier", "Frontier", header, rows, edge)
+
+
+def machines(frame: pd.DataFrame) -> Table:
+    """One row for each node, device, build and set of versions that counted runs came from."""
+    names = ["node", "device_kind", "device_name", "cpu_model", "num_cores", "num_threads",
+             "memory_bytes", "platform", "python", "versions", "git_commit", "build"]  # fmt: skip
+    rows = derive.runs(frame)
+    key = ["backend", *names]
+    counts = rows.groupby(key, dropna=False, sort=False).size().reset_index(name="num_runs")
+    texts = []
+    for row in counts.to_dict("records"):
+        memory = row["memory_bytes"]
+        row["memory_bytes"] = NONE if pd.isna(memory) else f"{memory / 2**30:.1f} GiB"
+        row["git_commit"], row["build"] = _text(row["git_commit"])[:12], _text(row["build"])[:12]
+        texts.append([_text(row[name]) for name in [*key, "num_runs"]])
+    header = [name.replace("memory_bytes", "memory") for name in [*key, "num_runs"]]
+    return Table("machines", "Machine and versions", header, texts, counts)
+
+
+def number(value: Any, metric: str | None = None) -> str:
+    """Three or four digits that matter, in the unit that the metric is read in."""
+    if value is None or pd.isna(value):
+        return NONE
+    value = value / SCALES.get(metric, 1.0)
+    if metric == "max_batch_size":
+        return f"{value:,.0f}"
+    size = abs(value)
+    if metric in (*derive.QUALITIES, "unigram_bits_per_byte") and size < 1000:
+        return f"{value:.3f}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if size < 100 else f"{value:.1f}"
+
+
+def workload(row: dict[str, Any]) -> str:
+    """`seq_len 512, batch 8`: the counts that this workload uses."""
+    names = {"seq_len": "seq_len", "prompt_len": "prompt_len", "num_new_tokens": "new tokens",
+             "num_steps": "steps", "batch_size": "batch"}  # fmt: skip
+    words = [f"{label} {int(row[name]):,}" for name, label in names.items()
+             if row.get(name) is not None and not pd.isna(row[name])]  # fmt: skip
+    at = row.get("at")
+    if at is not None and not pd.isna(at) and row.get("suite") == "decode_throughput":
+        words[-1] = f"batch {int(at):,}"
+    return ", ".join(words)
+
+
+def verdict(row: dict[str, Any], ours: str) -> str:
+    """ "jax faster", "inconclusive (3 of 6 rounds: too few for a verdict)", "unpaired (...)"."""
+    if row["verdict"] is None or pd.isna(row["verdict"]):
+        return NONE
+    if row["speedup"] is None or pd.isna(row["speedup"]):
+        return NONE if row["verdict"] != statistics.UNPAIRED else _because(row)
+    if row["verdict"] in ("faster", "slower"):
+        return f"{ours} {row['verdict']}"
+    return _because(row)
+
+
+def parity_mark(row: dict[str, Any], ours: str, baseline: str) -> str:
+    """`green`, or which side is UNVERIFIED; a side without a value needs no mark."""
+    marks = {}
+    for side, name in (("ours", ours), ("baseline", baseline)):
+        if row[f"value_{side}"] is not None and not pd.isna(row[f"value_{side}"]):
+            state = row[f"parity_{side}"]
+            red = " (parity RED)" if state == derive.RED else ""
+            marks[name] = "green" if state == derive.GREEN else derive.UNVERIFIED + red
+    if not marks:
+        return NONE
+    if len(set(marks.values())) == 1:
+        return next(iter(marks.values()))
+    return ", ".join(f"{name} {mark}" for name, mark in marks.items())
+
+
+def _because(row: dict[str, Any]) -> str:
+    return f"{row['verdict']} ({row['reason']})" if row["reason"] else row["verdict"]
+
+
+def _side(row: dict[str, Any], side: str) -> str:
+    """The value with its interval, or "-" with how the runs ended."""
+    value, metric = row[f"value_{side}"], row["metric"]
+    status = row[f"status_{side}"]
+    has_status = isinstance(status, str)
+    if value is None or pd.isna(value):
+        ended = has_status and "completed" not in status
+        return f"{NONE} ({status})" if ended else NONE
+    text = number(value, metric)
+    low, high = row[f"low_{side}"], row[f"high_{side}"]
+    if low is not None and not pd.isna(low) and high > low:
+        text += f" [{number(low, metric)}, {number(high, metric)}]"
+    if has_status and status.strip("0123456789 ") != "completed":
+        text += f" ({status})"
+    current = row[f"is_current_{side}"]
+    if current is not None and not pd.isna(current) and not current:
+        text += " (stale)"
+    odd = row[f"num_outliers_{side}"]
+    if odd is not None and not pd.isna(odd) and odd > 0:
+        text += f" ({int(odd)} outlying repeat{'s' if odd > 1 else ''})"
+    return text
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["metric"] in derive.QUALITIES:
+        difference = row["difference"]
+        missing = difference is None or pd.isna(difference)
+        return NONE if missing else f"{difference:+.4f} {row['unit']}"
+    if row["speedup"] is None or pd.isna(row["speedup"]):
+        return NONE
+    text = f"{row['speedup']:.2f}x"
+    low = row["speedup_low"]
+    if low is not None and not pd.isna(low) and row["speedup_high"] > low:
+        text += f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return text
+
+
+def _rounds(row: dict[str, Any]) -> str:
+    """Paired rounds of a time; seeds of a quality."""
+    if row["suite"] == "language_modeling":
+        counts = [row[f"num_seeds_{side}"] for side in ("ours", "baseline")]
+        known = [int(count) for count in counts if count is not None and not pd.isna(count)]
+        return f"{min(known)} seed{'s' if min(known) > 1 else ''}" if known else NONE
+    paired = row["num_paired_rounds"]
+    return f"{int(paired)}" if paired else NONE
+
+
+def _both(row: dict[str, Any], name: str) -> str:
+    """One count, or both where the sides differ."""
+    texts = [_text(row[f"{name}_{side}"], "{:,.0f}") for side in ("ours", "baseline")]
+    known = [text for text in texts if text != NONE]
+    return " / ".join(dict.fromkeys(known)) if known else NONE
+
+
+def _sorted(found: pd.DataFrame) -> pd.DataFrame:
+    suites = list(derive.HEADLINES)
+    metrics = [metric for names in derive.HEADLINES.values() for metric in names]
+    order = found.assign(
+        _suite=[suites.index(s) if s in suites else len(suites) for s in found["suite"]],
+        _metric=[metrics.index(m) if m in metrics else len(metrics) for m in found["metric"]],
+        _family=[derive.family_order(f)[0] for f in found["family"]],
+    )
+    keys = ["_suite", "suite", "size", "_metric", "_family", "backend", "seq_len", "prompt_len",
+            "batch_size", "at"]  # fmt: skip
+    for name in keys[-4:]:
+        order[name] = order[name].astype("float64")
+    return found.loc[order.sort_values(keys, kind="stable").index].reset_index(drop=True)
+
+
+def _metric_name(metric: str) -> str:
+    return METRICS[metric].label if metric in METRICS else metric
+
+
+def _name(by: str, value: str) -> str:
+    return style.backend_label(value) if by == "backend" else style.family_label(value)
+
+
+def _text(value: Any, form: str = "{}") -> str:
+    if value is None or pd.isna(value):
+        return NONE
+    return value if isinstance(value, str) else form.format(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ") or " "

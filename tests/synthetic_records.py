@@ -1,0 +1,161 @@
+"""Records of runs that never ran, for the tests of analysis: values are formulas, not measures."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from suites.harness.record import METRICS, Record, Sample, write
+
+FAMILIES = ("mqa", "hawk", "griffin")
+BACKENDS = ("jax", "torch")
+SPEED = {"mqa": 1.0, "hawk": 1.25, "griffin": 1.1, "jax": 1.0, "torch": 1.5}
+PATTERNS = {"mqa": ["mqa"], "hawk": ["rg_lru"], "griffin": ["rg_lru", "rg_lru", "mqa"]}
+
+
+def sample(metric: str, value: float, **rest) -> Sample:
+    return Sample(metric=metric, value=float(value), unit=METRICS[metric].unit, **rest)
+
+
+def record(
+    suite: str = "training_speed",
+    family: str = "griffin",
+    backend: str = "jax",
+    *,
+    samples: tuple[Sample, ...] = (),
+    outcome: str = "completed",
+    seed: int = 0,
+    round: int = 0,
+    dtype: str = "float32",
+    device_kind: str = "cpu",
+    attempt: str | None = None,
+    build: str = "build0",
+    block: str | None = "block0",
+    order: int = 0,
+    host: str = "node1",
+    reason: str | None = None,
+    model: dict | None = None,
+    provenance: dict | None = None,
+    costs: dict | None = None,
+    optimizer: dict | None = None,
+    **work,
+) -> Record:
+    """One attempt; cell_id and run_id are words here, not hashes, so that failures read well."""
+    phase = {"language_modeling": "train", "decode_latency": "decode"}.get(suite, "train")
+    workload = {"phase": phase, "batch_size": 4, "seq_len": 0, "prompt_len": 0,
+                "num_new_tokens": 0, "num_steps": 0, "repeats": 5} | work  # fmt: skip
+    settings = {
+        "family": family, "size": "tiny", "pattern": PATTERNS[family], "d_model": 64,
+        "num_heads": 4, "num_kv_heads": 1, "window_size": 32 if family == "griffin" else None,
+        "lambda_init": "paper",
+    } | (model or {})  # fmt: skip
+    words = [suite, family, backend, dtype, device_kind, str(sorted(workload.items())),
+             str(sorted(settings.items(), key=str)), str(optimizer)]  # fmt: skip
+    cell_id = "cell " + " ".join(words)
+    run_id = f"{abs(hash_of(cell_id)):012x}-{seed}-{round}"
+    return Record(
+        run_id=run_id,
+        cell_id=cell_id,
+        build=build,
+        attempt=attempt or f"20260101T000000-{run_id}",
+        outcome=outcome,
+        reason=reason,
+        phase=None if outcome == "completed" else "measure",
+        run={
+            "suite": suite, "model": settings, "backend": backend, "dtype": dtype,
+            "workload": workload, "kernels": {"linear_scan": "auto", "attention": "auto"},
+            "data": {"name": "stdlib", "source": "stdlib"},
+            "optimizer": optimizer or {"name": "adamw", "learning_rate": 3e-3},
+            "device_kind": device_kind, "seed": seed, "round": round,
+        },
+        provenance={
+            "host": host, "device_name": f"{device_kind} device", "cpu_model": "A CPU",
+            "num_cores": 2, "memory_bytes": 8 * 2**30, "python": "3.11.9", "platform": "linux",
+            "versions": {"numpy": "2.4.6", "jax": "0.10.2"}, "git_commit": "0123456789abcdef",
+            "resolved_kernels": {"linear_scan": "analytic", "attention": "plain"},
+            "num_threads": 2, "data_digest": f"data{seed}", "init_digest": f"init-{family}-{seed}",
+        } | (provenance or {}),
+        costs={
+            "num_params": 300_000 + 1000 * len(family), "num_params_non_embedding": 280_000,
+            "train_flops_per_token": 1.7e6, "cache_bytes": 4096,
+            "predicted_peak_memory_bytes": 10**8,
+        } | (costs or {}),
+        samples=samples,
+        started_at="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+        block=block,
+        order=order,
+    )  # fmt: skip
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "big") % (2**47 - 115)
+
+
+def training(family: str, backend: str, round: int, seq_len: int = 512, **rest) -> Record:
+    rng = np.random.default_rng([len(family), len(backend), round, seq_len])
+    step = 100 * SPEED[family] * SPEED[backend] * (1 + seq_len / 2048) * rng.normal(1, 0.01)
+    times = step * rng.normal(1, 0.01, 5)
+    samples = [
+        *(sample("step_time_ms", t, repeat=i) for i, t in enumerate(times)),
+        *(sample("tokens_per_s", 4 * 512e3 / t, repeat=i) for i, t in enumerate(times)),
+        *(sample("mfu", 10 / t, repeat=i) for i, t in enumerate(times)),
+        sample("compile_time_s", 3.0 * SPEED[backend]),
+        sample("peak_memory_bytes", 4e8 * SPEED[backend]),
+    ]
+    return record("training_speed", family, backend, samples=tuple(samples), round=round,
+                  seq_len=seq_len, **rest)  # fmt: skip
+
+
+def decoding(family: str, backend: str, round: int, prompt_len: int = 64, **rest) -> Record:
+    rng = np.random.default_rng([len(family), len(backend), round, prompt_len])
+    tpot = SPEED[family] * SPEED[backend] * rng.normal(1, 0.02, 5)
+    samples = [
+        *(sample("tpot_ms", t, repeat=i) for i, t in enumerate(tpot)),
+        *(sample("decode_time_s", t * 0.127, repeat=i) for i, t in enumerate(tpot)),
+        sample("mbu", 0.2),
+        sample("cache_bytes", 4096 * (1 + prompt_len if family == "mqa" else 1)),
+    ]
+    return record("decode_latency", family, backend, samples=tuple(samples), round=round,
+                  prompt_len=prompt_len, num_new_tokens=128, **rest)  # fmt: skip
+
+
+def modeling(family: str, backend: str, seed: int = 0, **rest) -> Record:
+    offset = {"mqa": 0.05, "hawk": 0.02, "griffin": 0.0}[family] + 0.003 * (backend == "torch")
+    curve = [sample("train_loss", 1.6 + offset + 3.9 * np.exp(-step / 40), at=step)
+             for step in range(200)]  # fmt: skip
+    positions = [sample("loss_by_position", 1.7 + offset + 2 / (1 + p), at=p) for p in range(128)]
+    held = [sample("loss", 1.7 + offset), sample("bits_per_byte", 2.45 + 1.4 * offset),
+            sample("unigram_bits_per_byte", 4.6)]  # fmt: skip
+    return record("language_modeling", family, backend, samples=(*curve, *positions, *held),
+                  seed=seed, seq_len=128, num_steps=200, **rest)  # fmt: skip
+
+
+def parity(family: str, backend: str, *, error: float = 1e-6, **rest) -> Record:
+    fields = {
+        "float32/logits": 0.5 * error,
+        "float32/grad/layers.0.mixer.linear_x.weight": error,
+        "float32/grad/embedding": 0.2 * error,
+        "float32/step3/embedding": 0.7 * error,
+        "float32/decode": 0.1 * error,
+    }
+    samples = []
+    for name, value in fields.items():
+        samples.append(sample("relative_error", value, field=name))
+        samples.append(sample("tolerance", 1e-5, field=name))
+    return record("parity", family, backend, samples=tuple(samples), seq_len=128, block=None,
+                  **rest)  # fmt: skip
+
+
+def quickstart(store: Path, *, rounds: int = 3, seq_lens=(256, 512), with_parity=True) -> Path:
+    """A store as the quickstart leaves it."""
+    for family, backend in product(FAMILIES, BACKENDS):
+        for round in range(rounds):
+            for seq_len in seq_lens:
+                write(store, training(family, backend, round, seq_len))
+            for prompt_len in (64, 256):
+                write(store, decoding(family, backend, round, prompt_len))
+        write(store, modeling(family, backend))
+        if with_parity:
+            write(store, parity(family, backend))
+    return store

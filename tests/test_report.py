@@ -1,0 +1,418 @@
+"""Records to pages: what the frame keeps, what parity lets stand, and what the report must say."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_records as synthetic
+from synthetic_records import modeling, parity, record, sample, training
+
+import analysis
+from analysis import derive, figures, report, style, tables
+from analysis.load import frame_of
+from suites.harness.record import write
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The store and the report of a whole quickstart, with one run that ran out of memory."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    store = synthetic.quickstart(folder / "store")
+    lost = record("training_speed", "mqa", "jax", outcome="out_of_memory", seq_len=1024,
+                  reason="killed at <7.9> GiB")  # fmt: skip
+    write(store, lost)
+    write(store, training("mqa", "torch", 0, 1024))
+    path = analysis.write_report(
+        store, folder / "report", title="Quickstart", command="aerie run experiment=quickstart"
+    )
+    return store, path
+
+
+# the frame
+
+
+def test_frame_has_a_row_a_sample_and_one_row_for_a_record_without(tmp_path):
+    done = training("griffin", "jax", 0)
+    lost = record("training_speed", "mqa", outcome="timed_out", reason="60 s", seq_len=512)
+    for one in (done, lost):
+        write(tmp_path, one)
+    frame = analysis.load(tmp_path)
+    assert len(frame) == len(done.samples) + 1
+    row = frame[frame["outcome"] == "timed_out"].iloc[0]
+    assert pd.isna(row["metric"])
+    assert pd.isna(row["value"])
+    assert (row["reason"], row["phase"], row["seq_len"]) == ("60 s", "measure", 512)
+    assert pd.isna(row["prompt_len"])  # this workload has none: null, not 0
+    row = frame[frame["outcome"] == "completed"].iloc[0]
+    assert (row["linear_scan"], row["attention"], row["node"]) == ("analytic", "plain", "node1")
+    assert row["num_params_non_embedding"] == 280_000
+
+
+def test_index_is_a_cache_that_new_records_and_damage_renew(tmp_path):
+    write(tmp_path, training("griffin", "jax", 0))
+    first = analysis.load(tmp_path)
+    index = tmp_path / "index.parquet"
+    pd.testing.assert_frame_equal(analysis.load(tmp_path), first)  # from the index, the same
+    write(tmp_path, training("griffin", "jax", 1))
+    assert analysis.load(tmp_path)["run_id"].nunique() == 2
+    index.write_bytes(b"not parquet")
+    assert analysis.load(tmp_path)["run_id"].nunique() == 2
+    index.unlink()
+    assert analysis.load(tmp_path)["run_id"].nunique() == 2
+
+
+def test_index_is_read_rather_than_the_records(tmp_path, monkeypatch):
+    write(tmp_path, training("griffin", "jax", 0))
+    want = analysis.load(tmp_path)
+    monkeypatch.setattr(sys.modules["analysis.load"], "read_all", lambda store: 1 / 0)
+    assert len(analysis.load(tmp_path)) == len(want)
+
+
+def test_frame_comes_back_from_parquet(tmp_path):
+    frame = frame_of([training("griffin", "jax", 0), modeling("griffin", "jax")])
+    back = pd.read_parquet(analysis.write_parquet(frame, tmp_path / "a" / "frame.parquet"))
+    assert list(back.columns) == list(frame.columns)
+    assert back["value"].sum() == pytest.approx(frame["value"].sum())
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "counted"),
+    [(["preempted", "completed"], 1), (["completed", "failed"], 0), (["failed", "timed_out"], 1),
+     (["completed", "completed"], 1)],
+)  # fmt: skip
+def test_the_last_completed_attempt_counts_else_the_last(outcomes, counted):
+    records = [
+        record(outcome=outcome, attempt=f"attempt{n}", samples=(sample("mfu", 0.1 + n),))
+        for n, outcome in enumerate(outcomes)
+    ]
+    frame = frame_of(records)
+    assert derive.runs(frame)["attempt"].tolist() == [f"attempt{counted}"]
+    values = derive.summary(frame)["value"].tolist()
+    assert values == ([0.1 + counted] if outcomes[counted] == "completed" else [])
+
+
+def test_importing_analysis_is_cheap_and_needs_no_framework():
+    code = (
+        "import sys, analysis; assert 'pandas' not in sys.modules; "
+        "from analysis import report, load; assert callable(load); "
+        "print([m for m in ('jax', 'torch', 'hydra', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# parity
+
+
+def marks_of(table) -> set[str]:
+    place = table.header.index("parity")
+    return {row[place] for row in table.rows}
+
+
+def status_of(records) -> str:
+    return derive.parity(frame_of(records))["status"].tolist()
+
+
+def test_parity_is_green_within_the_tolerance_and_red_beyond():
+    assert status_of([parity("griffin", "jax", error=9e-6)]) == ["green"]
+    assert status_of([parity("griffin", "jax", error=2e-5)]) == ["red"]
+
+
+def test_parity_without_a_check_or_without_a_tolerance_is_red():
+    assert status_of([record("parity")]) == ["red"]
+    error = sample("relative_error", 0.0, field="float32/logits")
+    assert status_of([record("parity", samples=(error,))]) == ["red"]
+
+
+def test_parity_that_did_not_complete_is_red():
+    done = parity("griffin", "jax")
+    assert status_of([parity("griffin", "jax", outcome="failed", reason="x")]) == ["red"]
+    assert status_of([done]) == ["green"]
+
+
+def test_parity_keeps_the_dtypes_of_one_run_apart():
+    samples = []
+    for field, error in (("float32/logits", 1e-6), ("float64/logits", 1e-3)):
+        samples += [sample("relative_error", error, field=field),
+                    sample("tolerance", 1e-5, field=field)]  # fmt: skip
+    found = derive.parity(frame_of([record("parity", samples=tuple(samples))]))
+    assert dict(zip(found["dtype"], found["status"], strict=True)) == {
+        "float32": "green",
+        "float64": "red",
+    }
+
+
+@pytest.mark.parametrize(
+    "different",
+    [{}, {"build": "build1"}, {"dtype": "bfloat16"}, {"device_kind": "h200"},
+     {"model": {"lambda_init": "code"}},
+     {"provenance": {"resolved_kernels": {"linear_scan": "triton", "attention": "plain"}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_speed_is_verified_by_parity_of_its_own_key_alone(different):
+    frame = frame_of([parity("griffin", "jax"), training("griffin", "jax", 0, **different)])
+    cells = derive.summary(frame)
+    want = "none" if different else "green"
+    assert set(cells["parity"]) == {want}
+    assert marks_of(tables.side_by_side(frame)) == {"UNVERIFIED" if different else "green"}
+
+
+def test_size_alone_does_not_lose_the_parity_of_tiny():
+    big = training("griffin", "jax", 0, model={"size": "1b", "d_model": 2048, "num_heads": 16})
+    assert set(derive.summary(frame_of([parity("griffin", "jax"), big]))["parity"]) == {"green"}
+
+
+# tables
+
+
+def test_a_missing_value_is_a_dash_with_its_outcome_never_zero(quickstart):
+    store, path = quickstart
+    table = tables.side_by_side(analysis.load(store))
+    row = next(row for row in table.rows if "seq_len 1,024" in row[2] and "Step" in row[3])
+    assert row[4] == "- (out_of_memory)"
+    assert float(row[5].replace(",", "")) > 0
+    assert row[6:8] == ["-", "-"]
+    text = path.with_name("report.md").read_text()
+    assert "- (out_of_memory)" in text
+    assert "| 0 |" not in re.sub(r"\| 0 \| 0 \| out_of_memory", "", text)  # seed and round may be 0
+
+
+def test_a_pair_with_no_completed_run_keeps_its_row():
+    lost = [record("training_speed", "mqa", b, outcome=o, seq_len=512)
+            for b, o in (("jax", "timed_out"), ("torch", "unsupported"))]  # fmt: skip
+    rows = tables.side_by_side(frame_of(lost)).rows
+    assert [row[4:6] for row in rows] == [["- (timed_out)", "- (unsupported)"]]
+
+
+def test_families_are_compared_with_mqa_of_the_same_backend(quickstart):
+    store, _ = quickstart
+    found = derive.comparisons(analysis.load(store), by="family", ours="hawk")
+    times = found[(found["metric"] == "step_time_ms") & found["speedup"].notna()]
+    assert len(times) == 4  # two backends, two lengths
+    assert np.allclose(times["speedup"].astype(float), 1 / 1.25, rtol=0.03)
+    assert set(times["num_paired_rounds"]) == {3}
+
+
+def test_variants_of_one_family_are_told_apart():
+    paper, code = {"lambda_init": "paper"}, {"lambda_init": "code"}
+    records = [training("griffin", b, 0, model=m) for b in ("jax", "torch") for m in (paper, code)]
+    table = tables.side_by_side(frame_of(records))
+    place = table.header.index("variant")
+    assert {row[place] for row in table.rows} == {"lambda_init=paper", "lambda_init=code"}
+    assert len(table.rows) == 2 * 5
+
+
+def test_the_brief_table_has_the_first_metric_of_each_suite(quickstart):
+    store, _ = quickstart
+    table = tables.side_by_side(analysis.load(store), is_brief=True)
+    assert set(table.frame["metric"]) == {"step_time_ms", "tpot_ms", "bits_per_byte"}
+
+
+def test_markdown_escapes_what_would_break_a_row():
+    table = tables.Table("x", "X", ["a|b"], [["c\nd|e"]], pd.DataFrame())
+    assert table.markdown() == "| a\\|b |\n| --- |\n| c d\\|e |"
+
+
+def test_stale_runs_are_marked():
+    frame = frame_of([training("griffin", "jax", 0)])
+    frame["is_current"] = False
+    assert "(stale)" in tables.side_by_side(frame).rows[0][4]
+    assert any("older build" in text for text in report.caveats(frame))
+
+
+# matching certificate
+
+
+def matches(records) -> dict:
+    return {m.scope: m for m in derive.certificate(frame_of(records))}
+
+
+def test_equal_runs_are_matched():
+    found = matches([modeling(f, b) for f in ("mqa", "griffin") for b in ("jax", "torch")])
+    assert {m.is_matched for m in found.values()} == {True}
+    assert set(found) == {"mqa: jax, torch", "griffin: jax, torch", "jax: mqa, griffin",
+                          "torch: mqa, griffin"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("different", "name"),
+    [
+        ({"costs": {"num_params": 1}}, "num_params"),
+        ({"costs": {"train_flops_per_token": 1.0}}, "train_flops_per_token"),
+        ({"provenance": {"data_digest": "other"}}, "data_digest"),
+        ({"provenance": {"init_digest": "other"}}, "init_digest"),
+    ],
+)
+def test_the_certificate_names_what_differs(different, name):
+    found = matches([modeling("griffin", "jax"), modeling("griffin", "torch", **different)])
+    match = found["griffin: jax, torch"]
+    assert match.is_matched is False
+    assert match.differs == (name,)
+
+
+def test_a_fact_that_was_not_recorded_is_no_match():
+    none = {"provenance": {"data_digest": None}}
+    records = [modeling("griffin", "jax"), modeling("griffin", "torch", **none)]
+    match = matches(records)["griffin: jax, torch"]
+    assert match.is_matched is None
+    assert match.differs == ("data_digest not recorded",)
+
+
+def test_seeds_are_matched_one_by_one():
+    records = [modeling("griffin", b, seed) for b in ("jax", "torch") for seed in (0, 1)]
+    assert matches(records)["griffin: jax, torch"].is_matched is True
+
+
+# figures and the page
+
+
+def test_every_figure_with_data_is_drawn_with_units(quickstart):
+    store, path = quickstart
+    drawn = {file.stem for file in (path.parent / "figures").glob("*.png")}
+    assert drawn == {"relative_step_time", "training_throughput", "decode_latency",
+                     "learning_curves", "loss_by_position", "parity_error",
+                     "peak_memory"}  # fmt: skip
+    figure = figures.training_throughput(analysis.load(store))
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == "Throughput (tokens/s)"
+    assert axes.get_xscale() == "log"
+
+
+def test_family_is_colour_and_backend_is_marker(quickstart):
+    store, _ = quickstart
+    axes = figures.decode_latency(analysis.load(store)).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    jax, torch = lines["Griffin, JAX"], lines["Griffin, PyTorch"]
+    assert jax.get_color() == torch.get_color() == style.FAMILY_COLORS["griffin"]
+    assert jax.get_marker() != torch.get_marker()
+    assert lines["Hawk, JAX"].get_color() != jax.get_color()
+    assert lines["Hawk, JAX"].get_marker() == jax.get_marker()
+
+
+def test_a_figure_without_parity_says_unverified():
+    frame = frame_of([training("griffin", "jax", r, t) for r in (0, 1) for t in (256, 512)])
+    figure = figures.training_throughput(frame)
+    line = next(line for line in figure.axes[0].get_lines() if "Griffin" in line.get_label())
+    assert line.get_label() == "Griffin, JAX UNVERIFIED"
+    assert line.get_markerfacecolor() == "none"
+    assert "UNVERIFIED" in figure.get_supxlabel()
+
+
+def test_one_length_stands_families_side_by_side():
+    frame = frame_of([training(f, b, 0) for f in synthetic.FAMILIES for b in ("jax", "torch")])
+    axes = figures.training_throughput(frame).axes[0]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["MQA-Transformer", "Hawk", "Griffin"]
+
+
+def test_styling_leaves_matplotlib_as_it_was():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with style.looks():
+        assert matplotlib.rcParams["axes.grid"]
+    assert dict(matplotlib.rcParams) == before
+
+
+class Page(HTMLParser):
+    """Checks that elements close in order, and collects what they point at."""
+
+    VOID = ("meta", "br", "link", "img", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.targets, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.targets += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_startendtag(self, tag, attrs):
+        self.targets += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_well_formed_and_loads_nothing(quickstart):
+    _, path = quickstart
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert all(target.startswith(("#", "data:")) for target in page.targets)
+    assert "url(http" not in path.read_text()
+    assert "<script" not in path.read_text()
+    ids = re.findall(r'\sid="([^"]+)"', path.read_text())
+    assert {target[1:] for target in page.targets} <= set(ids)
+
+
+def test_the_page_says_all_that_it_must(quickstart):
+    _, path = quickstart
+    page = Page()
+    page.feed(path.read_text())
+    text = " ".join(" ".join(page.text).split())
+    for words in (
+        "Which architecture is better, at what cost",
+        "Griffin reaches the fewest held-out bits per byte at size tiny, 2.450",
+        "in training JAX is 1.4", "too few for a verdict, which needs 6",
+        "Language modeling has one seed", "inconclusive (3 of 6 rounds)", "matched", "green",
+        "killed at <7.9> GiB", "numpy=2.4.6", "aerie run experiment=quickstart", "307,000",
+        "280,000", "prefers-color-scheme: dark", "A CPU", "Griffin, PyTorch",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "UNVERIFIED" not in text
+
+
+def test_unverified_speeds_are_never_bare(tmp_path):
+    store = synthetic.quickstart(tmp_path / "store", rounds=1, seq_lens=(256,), with_parity=False)
+    path = analysis.write_report(store, tmp_path / "report", title="T", command="c")
+    text = path.read_text()
+    assert "speed numbers are UNVERIFIED" in text
+    frame = analysis.load(store)
+    assert marks_of(tables.side_by_side(frame)) == {"UNVERIFIED"}
+    assert "[UNVERIFIED]" in " ".join(report.answer(frame))
+
+
+def test_the_files_beside_the_page(quickstart):
+    store, path = quickstart
+    folder = path.parent
+    frame = pd.read_parquet(folder / "records.parquet")
+    assert len(frame) == len(analysis.load(store))
+    table = pd.read_csv(folder / "tables" / "backend_jax_torch.csv")
+    lost = table[(table["seq_len"] == 1024) & (table["metric"] == "step_time_ms")].iloc[0]
+    assert np.isnan(lost["value_ours"])
+    assert lost["outcome_ours"] == "out_of_memory"
+    for target in re.findall(r"\]\(([^)]+)\)", (folder / "report.md").read_text()):
+        assert (folder / target).is_file()
+    for png in (folder / "figures").glob("*.png"):
+        assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[], [record("training_speed", outcome="failed", reason="x")], [parity("griffin", "jax")],
+     [modeling("griffin", "jax")], [record("a_new_suite", samples=(sample("mfu", 0.5),))]],
+    ids=["empty", "failures", "parity alone", "one quality run", "unknown suite"],
+)  # fmt: skip
+def test_a_sparse_store_still_gets_its_report(tmp_path, records):
+    for one in records:
+        write(tmp_path, one)
+    path = analysis.write_report(tmp_path, tmp_path / "report", title="T", command="c")
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+
+
+def test_records_are_read_as_the_harness_writes_them(tmp_path):
+    path = write(tmp_path, training("griffin", "jax", 0))
+    values = json.loads(path.read_text())
+    assert analysis.load(tmp_path)["run_id"].unique().tolist() == [values["run_id"]]
