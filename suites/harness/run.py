@@ -23,6 +23,7 @@ class Workload:
     prompt_len: int = 0
     num_new_tokens: int = 0
     num_steps: int = 0  # optimizer steps of a quality run
+    num_held_out_batches: int = 0  # batches that a quality run is evaluated on
     repeats: int = 0  # timed repetitions within the process
     max_batch_size: int = 0  # where a search for the largest batch ends
     activation_checkpointing: bool = False

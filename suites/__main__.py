@@ -1,0 +1,181 @@
+"""The command `aerie`: what it offers, in words. The work is in commands.py, imported when used."""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+WRONG_REQUEST = 2
+ClickException = typer.BadParameter.__mro__[2]  # typer carries click in other places by version
+
+app = typer.Typer(
+    name="aerie",
+    help="Measures MQA-Transformer, Hawk and Griffin against each other, in JAX and in PyTorch.",
+    epilog="Overrides: key=value, key=a,b (a sweep), key=[1,2] (a list). "
+    "Start with: aerie run experiment=quickstart",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Text and tokens.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+def _complete(incomplete: str) -> Iterator[str]:
+    """Groups and their choices, as the files say; no framework, no Hydra."""
+    group, equals, _ = incomplete.partition("=")
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
+        if not equals:
+            yield f"{folder.name}="
+        elif folder.name == group:
+            yield from sorted(f"{group}={path.stem}" for path in folder.glob("*.yaml"))
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Hydra overrides, e.g. suite=training_speed.", autocompletion=_complete),
+]
+Results = Annotated[Path, typer.Option("--results", help="Folder of the records.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Rerun = Annotated[bool, typer.Option("--rerun-stale", help="Run again what an older build ran.")]
+Verify = Annotated[
+    bool, typer.Option("--verify-frontier", help="Try points that are predicted not to fit.")
+]
+RAW = Path("results/raw")
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    results: Results = RAW,
+    rerun_stale: Rerun = False,
+    verify_frontier: Verify = False,
+    as_json: Json = False,
+) -> None:
+    """Run what is not finished, then print the comparison and write the report."""
+    from suites import commands
+
+    raise typer.Exit(
+        commands.run(
+            overrides or [],
+            results,
+            rerun_stale=rerun_stale,
+            verify_frontier=verify_frontier,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def plan(overrides: Overrides = None, results: Results = RAW, as_json: Json = False) -> None:
+    """List the runs, what each costs, and why it would run. Starts nothing."""
+    from suites import commands
+
+    raise typer.Exit(commands.show_plan(overrides or [], results, as_json=as_json))
+
+
+@app.command()
+def status(overrides: Overrides = None, results: Results = RAW, as_json: Json = False) -> None:
+    """Count outcomes by suite; with overrides, of those runs alone."""
+    from suites import commands
+
+    raise typer.Exit(commands.status(overrides or [], results, as_json=as_json))
+
+
+@app.command()
+def report(
+    results: Results = RAW,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; default: beside the records.")
+    ] = None,
+    title: Annotated[str, typer.Option("--title")] = "aerie",
+) -> None:
+    """Write report.html, and the same as Markdown, CSV, PNG and Parquet."""
+    from suites import commands
+
+    raise typer.Exit(commands.report(results, out, title=title))
+
+
+@app.command()
+def compare(
+    by: Annotated[str, typer.Option("--by", help="backend or family.")] = "backend",
+    ours: Annotated[
+        str | None, typer.Option("--ours", help="Default: jax; every family but the baseline.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Default: torch; mqa.")] = None,
+    results: Results = RAW,
+    as_json: Json = False,
+) -> None:
+    """Print paired ratios with intervals and verdicts."""
+    from suites import commands
+
+    raise typer.Exit(commands.compare(by, ours, baseline, results, as_json=as_json))
+
+
+@app.command()
+def parity(
+    overrides: Overrides = None,
+    results: Results = RAW,
+    rerun_stale: Rerun = False,
+    as_json: Json = False,
+) -> None:
+    """Check every family in both backends against float64. Exit code 1 where one is red."""
+    from suites import commands
+
+    raise typer.Exit(
+        commands.parity(overrides or [], results, rerun_stale=rerun_stale, as_json=as_json)
+    )
+
+
+@app.command()
+def doctor(results: Results = RAW, as_json: Json = False) -> None:
+    """Say what this machine has: cores, memory, devices, versions, disk."""
+    from suites import commands
+
+    raise typer.Exit(commands.doctor(results, as_json=as_json))
+
+
+@data_app.command()
+def prepare(
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Default: one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Extract and tokenize a data set once, in parallel; what is there is used again."""
+    from suites import commands
+
+    raise typer.Exit(commands.prepare(overrides or [], workers=workers, as_json=as_json))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command; a wrong request is one line on stderr and exit code 2."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except ClickException as error:
+        message = " ".join(error.format_message().split())
+        print(f"aerie: {message}{_hint(message)}", file=sys.stderr)
+        code = WRONG_REQUEST
+    except (typer.Abort, KeyboardInterrupt):
+        print("aerie: interrupted.", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:  # aerie plan ... | head
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)
+
+
+def _hint(message: str) -> str:
+    """A suggestion for a command that does not exist."""
+    if not message.startswith("No such command") or "Did you mean" in message:
+        return ""
+    known = [command.name or command.callback.__name__ for command in app.registered_commands]
+    close = difflib.get_close_matches(message.split("'")[1], [*known, "data"], n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}, data."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,566 @@
+"""What each command does. Returns exit codes: 0 as planned, 1 not, 2 the request was wrong."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from suites import compose, display
+from suites.harness import claims, corpora, plan, provenance
+from suites.harness.plan import Planned
+from suites.harness.run import DataConfig, Run
+from suites.harness.sweep import Result, sweep
+
+AS_PLANNED, NOT_AS_PLANNED, WRONG_REQUEST = 0, 1, 2
+PARITY = ("suite=parity", "family=mqa,mqa_local,hawk,griffin", "backend=jax,torch",
+          "size=tiny", "dtype=float32,float64")  # fmt: skip
+T = TypeVar("T")
+
+
+class WrongRequest(SystemExit):
+    """Exit code 2, its one line already said."""
+
+    def __init__(self) -> None:
+        super().__init__(WRONG_REQUEST)
+
+
+def run(
+    overrides: list[str],
+    store: Path,
+    *,
+    rerun_stale: bool = False,
+    verify_frontier: bool = False,
+    as_json: bool = False,
+) -> int:
+    request, planned = _planned(overrides, store)
+    result, planned = _sweep(request, planned, store, overrides, rerun_stale, verify_frontier)
+    if result.num_started or not _report_path(store, None, request.title).exists():
+        path = _write_report(store, None, title=request.title, overrides=overrides)
+    else:
+        path = _report_path(store, None, request.title)
+    if as_json:
+        display.print_json(
+            {
+                "num_runs": len(planned),
+                "num_started": result.num_started,
+                "outcomes": dict(_final(planned, result)),
+                "report": str(path),
+                "runs": [_with_outcome(item, result) for item in planned],
+            }
+        )
+    else:
+        if result.num_started:
+            _print_side_by_side(store, {item.run.run_id for item in planned})
+        _print_ends(planned, result)
+        print(f"report: {path}")
+    return _exit_code(planned, result)
+
+
+def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
+    _, planned = _planned(overrides, store, bare=compose.BARE_PLAN)
+    if as_json:
+        display.print_json([item.to_json() for item in planned])
+    elif len(planned) == 1:
+        _print_card(planned[0])
+    else:
+        header = ["run_id", "suite", "model", "backend", "dtype", "work", "seed", "round",
+                  "num_params", "num_params_non_embedding", "train_flops_per_token",
+                  "cache_bytes", "predicted_peak_memory", "reason"]  # fmt: skip
+        display.print_table(header, map(_plan_row, planned))
+        reasons = Counter(item.reason for item in planned)
+        pending = sum(item.is_pending for item in planned)
+        words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"{len(planned)} runs, {pending} would start: {words}.")
+    return AS_PLANNED
+
+
+def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
+    """Outcomes by suite of the attempts that count, and what is being measured now."""
+    if overrides:
+        _, planned = _planned(overrides, store)
+        found = [(item.run.suite, item.outcome or "new") for item in planned]
+    else:
+        found = list(_latest_outcomes(store))
+    counts: dict[str, Counter] = {}
+    for suite, outcome in found:
+        counts.setdefault(suite, Counter())[outcome] += 1
+    running = _measured_now(store)
+    if as_json:
+        rows = [
+            {"suite": suite, "outcome": outcome, "num_runs": count}
+            for suite, by_outcome in counts.items()
+            for outcome, count in by_outcome.items()
+        ]
+        display.print_json({"outcomes": rows, "running": running})
+        return AS_PLANNED
+    if not counts:
+        print(f"no records in {store}.")
+        return AS_PLANNED
+    outcomes = sorted({outcome for by_outcome in counts.values() for outcome in by_outcome})
+    rows = [
+        [suite, *(str(by_outcome[o]) if by_outcome[o] else "-" for o in outcomes)]
+        for suite, by_outcome in sorted(counts.items())
+    ]
+    display.print_table(["suite", *outcomes], rows)
+    print(f"{len(found)} runs; {len(running)} being measured now.")
+    return AS_PLANNED
+
+
+def report(store: Path, out: Path | None, *, title: str) -> int:
+    _need_records(store)
+    print(f"report: {_write_report(store, out, title=title, overrides=None)}")
+    return AS_PLANNED
+
+
+def compare(
+    by: str, ours: str | None, baseline: str | None, store: Path, *, as_json: bool = False
+) -> int:
+    _need_records(store)
+    from analysis import derive, tables
+
+    frame = _frame(store)
+    with _request():
+        if by not in derive.BASELINE:
+            raise ValueError(_unknown("--by", by, list(derive.BASELINE)))
+        known = sorted(set(frame[by].dropna()))
+        baseline = baseline or derive.BASELINE[by]
+        for option, value in (("--ours", ours), ("--baseline", baseline)):
+            if value is not None and value not in known:
+                raise ValueError(_unknown(option, value, known))
+    sides = [ours] if ours else [name for name in known if name != baseline]
+    made = [tables.side_by_side(frame, by=by, ours=side, baseline=baseline) for side in sides]
+    if as_json:
+        display.print_json([row for table in made for row in _json_rows(table.frame)])
+        return AS_PLANNED
+    for table in made:
+        display.print_table(table.header, table.rows, title=table.title)
+    if made:
+        print(made[-1].note)
+    else:
+        print(f"only {baseline} was measured: nothing to compare by {by}.")
+    return AS_PLANNED
+
+
+def parity(
+    overrides: list[str], store: Path, *, rerun_stale: bool = False, as_json: bool = False
+) -> int:
+    with _request():
+        typed = compose.parse(overrides)
+        if typed.get("suite", ["parity"]) != ["parity"] or "experiment" in typed:
+            raise ValueError("aerie parity runs suite=parity; for others use aerie run.")
+    request, planned = _planned([*PARITY, *overrides], store)
+    result, planned = _sweep(
+        request, planned, store, [*PARITY, *overrides], rerun_stale, verify_frontier=False
+    )
+    from analysis import derive, tables
+
+    frame = _frame(store)
+    frame = frame[frame["run_id"].isin({item.run.run_id for item in planned})]
+    table = tables.parity(frame)
+    between = list(_between_backends(store, planned))
+    is_red = (table.frame["status"] != derive.GREEN).any() or any(
+        not row["is_within"] for row in between
+    )
+    if as_json:
+        display.print_json({"backends": _json_rows(table.frame), "between_backends": between})
+    else:
+        display.print_table(table.header, table.rows, title=table.title)
+        if between:
+            header = ["family", "dtype", "jax to torch", "relative_error", "tolerance", "verdict"]
+            rows = [
+                [row["family"], row["dtype"], row["field"], f"{row['relative_error']:.1e}",
+                 f"{row['tolerance']:.1e}", "green" if row["is_within"] else "RED"]
+                for row in between
+            ]  # fmt: skip
+            print()
+            display.print_table(header, rows, title="JAX to PyTorch, the worst tensor of each")
+        print(table.note)
+    return NOT_AS_PLANNED if is_red else _exit_code(planned, result)
+
+
+def doctor(store: Path, *, as_json: bool = False) -> int:
+    from suites.harness.data import default_cache
+
+    existing = next(path for path in (store.resolve(), *store.resolve().parents) if path.exists())
+    cache = default_cache()
+    found = provenance.machine() | {
+        "devices": _devices(),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "results": str(store),
+        "results_free_bytes": shutil.disk_usage(existing).free,
+        "is_results_writable": os.access(existing, os.W_OK),
+        "data_cache": str(cache),
+        "data_cache_bytes": sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
+        if cache.exists()
+        else 0,
+        "load_average": list(os.getloadavg()),
+        "num_out_of_memory_kills": provenance.num_out_of_memory_kills(),
+    }
+    missing = [name for name in ("jax", "torch") if found["versions"][name] is None]
+    if as_json:
+        display.print_json(found | {"missing": missing})
+    else:
+        rows = []
+        for key, value in found.items():
+            if key.endswith("_bytes"):
+                value = display.size(value)
+            elif isinstance(value, dict):
+                value = ", ".join(f"{k} {v or 'not installed'}" for k, v in value.items())
+            elif isinstance(value, list):
+                value = ", ".join(map(str, value)) or "none"
+            rows.append([key, str(value)])
+        display.print_table(["what", "found"], rows)
+    return NOT_AS_PLANNED if missing or not found["is_results_writable"] else AS_PLANNED
+
+
+def prepare(overrides: list[str], *, workers: int | None = None, as_json: bool = False) -> int:
+    with _request():
+        request = compose.read(overrides, bare=compose.BARE_PLAN)
+        configs = _data_configs(request.settings)
+    for config in configs:
+        corpus = _prepare(config, workers)
+        facts = {
+            "data": corpus.name,
+            "num_train_tokens": len(corpus.train_tokens),
+            "num_held_out_tokens": len(corpus.held_out_tokens),
+            "vocab_size": corpus.vocab_size,
+            "bytes_per_token": corpus.bytes_per_token,
+            "unigram_bits_per_byte": corpus.unigram_bits_per_byte,
+            "data_digest": corpus.digest,
+        }
+        if as_json:
+            display.print_json(facts)
+        else:
+            display.print_table(["what", "found"], [[k, str(v)] for k, v in facts.items()])
+    return AS_PLANNED
+
+
+# Requests ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _request() -> Iterator[None]:
+    """What goes wrong inside is the user's to fix: one line, exit code 2, nothing started."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"aerie: {' '.join(str(error).split())}", file=sys.stderr)
+        raise WrongRequest from None
+
+
+def _planned(
+    overrides: list[str], store: Path, *, bare: Iterable[str] = ()
+) -> tuple[compose.Request, list[Planned]]:
+    with _request():
+        if store.exists() and not store.is_dir():
+            raise ValueError(f"--results {store} is a file; name a folder.")
+        request = compose.read(overrides, bare=bare)
+        runs = [run for settings in request.settings for run in plan.expand(settings)]
+        _data_configs(request.settings)
+    return request, plan.plan(store, runs)
+
+
+def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
+    """The data sets of a request, each once, their files looked for."""
+    found = dict.fromkeys(plan.data_config(made) for made in settings)
+    for config in found:
+        corpora.check(config)
+    return list(found)
+
+
+def _need_records(store: Path) -> None:
+    with _request():
+        if not (store / "runs").is_dir():
+            raise ValueError(
+                f"no records in {store}; run something first, or name their folder: --results DIR."
+            )
+
+
+def _unknown(option: str, value: str, known: list[str]) -> str:
+    close = get_close_matches(value, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{option} {value!r} is not known; known: {', '.join(known)}.{hint}"
+
+
+# Running ----------------------------------------------------------------------------------------
+
+
+def _sweep(
+    request: compose.Request,
+    planned: list[Planned],
+    store: Path,
+    overrides: list[str],
+    rerun_stale: bool,
+    verify_frontier: bool,
+) -> tuple[Result, list[Planned]]:
+    """Runs what is pending; says so where nothing is."""
+    todo = [
+        item
+        for item in planned
+        if item.is_pending
+        or (item.is_stale and rerun_stale)
+        or (verify_frontier and item.outcome == "out_of_memory_predicted")
+    ]
+    num_stale = sum(item.is_stale for item in planned)
+    if not todo:
+        print(f"nothing to run: all {len(planned)} runs are finished.", file=sys.stderr)
+    if num_stale and not rerun_stale:
+        reasons = Counter(item.reason for item in planned if item.is_stale)
+        words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"{words}; run them again with --rerun-stale.", file=sys.stderr)
+    if not todo:
+        return Result(), planned
+    for config in dict.fromkeys(item.run.data for item in todo if _reads_text(item.run)):
+        _prepare(config, None)
+    proven = [item.run for item in planned if item.outcome == "out_of_memory"]
+    with display.SweepProgress(len(todo)) as progress:
+        progress.expect(todo)
+        result = sweep(
+            store,
+            todo,
+            request.cluster,
+            on_start=progress.started,
+            on_end=progress.ended,
+            verify_frontier=verify_frontier,
+            proven=proven,
+        )
+    if result.elsewhere:
+        print(
+            f"{len(result.elsewhere)} runs are being measured by another aerie run.",
+            file=sys.stderr,
+        )
+    if result.is_interrupted:
+        left = len(todo) - len(result.outcomes)
+        print(
+            f"interrupted; {left} runs not started. Run the same command again to go on: "
+            f"aerie run {shlex.join(overrides)}",
+            file=sys.stderr,
+        )
+    return result, planned
+
+
+def _reads_text(run: Run) -> bool:
+    """Whether a run trains on its data set; timing runs draw random tokens."""
+    return run.workload.phase == "train" and run.workload.num_steps > 0
+
+
+def _prepare(config: DataConfig, workers: int | None) -> Any:
+    """The corpus, extracted first if need be, with progress on stderr."""
+    from suites.harness import data
+
+    shown = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(total, 1)
+        if percent // 10 > shown // 10 or (sys.stderr.isatty() and percent > shown):
+            shown = percent
+            end = "\r" if sys.stderr.isatty() and percent < 100 else "\n"
+            print(f"data {config.name}: {percent}%", end=end, file=sys.stderr, flush=True)
+
+    with _request():
+        return data.prepare(config, workers=workers, progress=progress)
+
+
+def _final(planned: list[Planned], result: Result) -> Counter:
+    return Counter(
+        result.outcomes.get(item.run.run_id) or item.outcome or "not run" for item in planned
+    )
+
+
+def _exit_code(planned: list[Planned], result: Result) -> int:
+    ends = ((item.run, result.outcomes.get(item.run.run_id) or item.outcome) for item in planned)
+    fine = all(plan.ended_as_planned(run, outcome) for run, outcome in ends)
+    return AS_PLANNED if fine and not result.is_interrupted else NOT_AS_PLANNED
+
+
+def _with_outcome(item: Planned, result: Result) -> dict[str, Any]:
+    return item.to_json() | {"outcome": result.outcomes.get(item.run.run_id) or item.outcome}
+
+
+def _latest_outcomes(store: Path) -> Iterator[tuple[str, str]]:
+    """(suite, outcome) of every run: its last finished attempt, else its last."""
+    for folder in sorted((store / "runs").glob("*")):
+        if records := plan.attempts(store, folder.name):
+            finished = [record for record in records if record["outcome"] in plan.FINISHED]
+            counted = (finished or records)[-1]
+            yield counted["run"]["suite"], counted["outcome"]
+
+
+def _measured_now(store: Path) -> list[str]:
+    found = []
+    for place in sorted((store / "claims").glob("[!.]*")):
+        owner = claims.owner(store, place.name)
+        if owner and claims.is_alive(owner):
+            found.append(place.name)
+    return found
+
+
+# Reports ----------------------------------------------------------------------------------------
+
+
+def _report_path(store: Path, out: Path | None, title: str) -> Path:
+    """results/reports/<title> for results/raw; a folder `report` inside any other store."""
+    if out is None:
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in title)
+        out = store.parent / "reports" / name if store.name == "raw" else store / "report"
+    return out / "report.html"
+
+
+def _write_report(
+    store: Path, out: Path | None, *, title: str, overrides: list[str] | None
+) -> Path:
+    from analysis.report import write_report
+
+    command = f"aerie run {shlex.join(overrides)}" if overrides else f"aerie report {store}"
+    folder = _report_path(store, out, title).parent
+    return write_report(store, folder, title=title, command=command, frame=_frame(store))
+
+
+def _frame(store: Path) -> Any:
+    """The tidy frame, with is_current filled in: whether our build is the one that ran."""
+    import analysis
+
+    frame = analysis.load(store)
+    key: Callable[[tuple], str] = lambda row: provenance.build_key(  # noqa: E731
+        row[0], row[1], provenance.device_name(row[2])
+    )
+    names = ["suite", "backend", "device_kind"]
+    now = {row: key(row) for row in frame[names].drop_duplicates().itertuples(index=False)}
+    ours = [now[row] for row in frame[names].itertuples(index=False)]
+    return frame.assign(is_current=(frame["build"] == ours).astype("boolean"))
+
+
+def _print_side_by_side(store: Path, run_ids: set[str]) -> None:
+    from analysis.report import comparison_tables
+
+    frame = _frame(store)
+    frame = frame[frame["run_id"].isin(run_ids)]
+    for table in comparison_tables(frame):
+        if table.rows:
+            print()
+            display.print_table(table.header, table.rows, title=table.title)
+
+
+def _print_ends(planned: list[Planned], result: Result) -> None:
+    words = ", ".join(f"{count} {outcome}" for outcome, count in _final(planned, result).items())
+    print(f"\n{len(planned)} runs: {words}.")
+    rounds = {}
+    for item in planned:
+        if item.block:
+            rounds.setdefault(item.run.suite, set()).add(item.run.round)
+    few = [len(seen) for seen in rounds.values() if len(seen) < 6]
+    if few:
+        print(f"{min(few)} rounds are too few for a verdict; use suite.rounds=6 or more.")
+    seeds = {item.run.seed for item in planned if _reads_text(item.run)}
+    if len(seeds) == 1:
+        print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")
+
+
+def _between_backends(store: Path, planned: list[Planned]) -> Iterator[dict[str, Any]]:
+    """The worst difference of two backends' tensors, for each parity run that both have."""
+    import numpy as np
+
+    from suites import parity as suite
+
+    runs: dict[str, dict[str, Run]] = {}
+    for item in planned:
+        values = item.run.to_json()
+        key = str({k: v for k, v in values.items() if k != "backend"})
+        runs.setdefault(key, {})[item.run.backend] = item.run
+    for pair in runs.values():
+        files = {name: _newest_tensors(store, run) for name, run in pair.items()}
+        if set(files) != {"jax", "torch"} or None in files.values():
+            continue
+        with np.load(files["jax"]) as ours, np.load(files["torch"]) as other:
+            found = suite.compare_tensors(dict(ours), dict(other))
+        run = pair["jax"]
+        limits = {field: suite.tolerance(run.dtype, field) for field in found}
+        field = max(found, key=lambda name: _share(found[name], limits[name]))
+        yield {
+            "family": run.model.family,
+            "dtype": run.dtype,
+            "field": field,
+            "relative_error": found[field],
+            "tolerance": limits[field],
+            "is_within": found[field] <= limits[field],
+        }
+
+
+def _share(error: float, limit: float) -> float:
+    return error / limit if error == error else float("inf")
+
+
+def _newest_tensors(store: Path, run: Run) -> Path | None:
+    return max((store / "runs" / run.run_id).glob("*.npz"), default=None)
+
+
+# Pages of the terminal --------------------------------------------------------------------------
+
+
+def _plan_row(item: Planned) -> list[str]:
+    run, costs = item.run, item.costs
+    return [
+        run.run_id,
+        run.suite,
+        f"{run.model.family}_{run.model.size}",
+        run.backend,
+        run.dtype,
+        plan.workload_text(run.workload),
+        str(run.seed),
+        str(run.round),
+        display.number(costs["num_params"]),
+        display.number(costs["num_params_non_embedding"]),
+        display.number(costs["train_flops_per_token"]),
+        display.number(costs["cache_bytes"]),
+        display.size(costs["predicted_peak_memory_bytes"]),
+        item.reason,
+    ]
+
+
+def _print_card(item: Planned) -> None:
+    run, costs, work = item.run, item.costs, item.run.workload
+    length = work.seq_len or work.prompt_len + work.num_new_tokens
+    if work.phase in ("prefill", "decode"):
+        cache = f"{length} positions, batch {work.batch_size}, {run.dtype}"
+    else:
+        cache = f"{plan.CONTEXT} positions, batch 1, {run.dtype}"
+    flops = f"{display.number(costs['train_flops_per_token'])} FLOPs"
+    memory = costs["predicted_peak_memory_bytes"]
+    rows = [
+        ["run_id", run.run_id],
+        ["suite", f"{run.suite}, {plan.workload_text(work)}, {run.dtype}, {run.backend}"],
+        ["model", f"{run.model.family}_{run.model.size}"],
+        ["num_params", f"{display.number(costs['num_params'])} parameters"],
+        ["num_params_non_embedding",
+         f"{display.number(costs['num_params_non_embedding'])} non-embedding parameters"],
+        ["train_flops_per_token", f"{flops} per token for training at seq_len {length}"],
+        ["cache_bytes", f"{display.number(costs['cache_bytes'])} bytes of cache ({cache})"],
+        ["predicted_peak_memory_bytes", f"{display.number(memory)} bytes ({display.size(memory)})"],
+        ["reason", item.reason],
+    ]  # fmt: skip
+    width = max(len(row[0]) for row in rows)
+    for key, value in rows:
+        print(f"{key:<{width}}  {value}")
+
+
+def _json_rows(frame: Any) -> list[dict[str, Any]]:
+    """Rows of a frame; every kind of missing is null."""
+    import json
+
+    return json.loads(frame.to_json(orient="records"))
+
+
+def _devices() -> list[str]:
+    """Accelerators that this machine shows, without asking a framework."""
+    gpu = provenance.device_name("h100")
+    gpus = [gpu] if gpu != "h100" else []
+    tpus = [str(path) for path in sorted(Path("/dev").glob("accel*"))]
+    return [f"cpu: {provenance.cpu_model()}", *gpus, *tpus]

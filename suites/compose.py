@@ -1,0 +1,266 @@
+"""From what the user typed to plain settings: Hydra's override grammar, files and groups.
+
+Hydra composes every choice of a request once, all in one composition (one for each combination
+would cost 50 ms apiece); swept values are crossed here, into plain dicts that the planner checks.
+Every mistake is a ValueError of one line.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from implementations.config import build, choose
+from suites.harness.executors import Cluster
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GROUPS = ("suite", "family", "size", "backend", "data", "optimizer", "cluster")
+SECTIONS = ("model", "kernels")
+VALUES = ("dtype", "device_kind")
+# `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.
+BARE_PLAN = ("suite=training_speed", "suite.seq_lens=[2048]",
+             "suite.tokens_per_step=2048", "suite.rounds=1", "dtype=bfloat16")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked: a title, where to run, and the settings of every suite and model."""
+
+    title: str
+    cluster: Cluster
+    settings: list[dict[str, Any]]
+
+
+def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
+    """The request in a list of overrides; `bare` stands before them where no suite is named."""
+    typed = parse(overrides)
+    experiment = typed.pop("experiment", None)
+    if experiment is None:
+        if "suite" not in typed:
+            if not bare:
+                raise ValueError(
+                    "nothing to run: name a suite (suite=training_speed) or an experiment "
+                    "(experiment=quickstart). "
+                    f"Suites: {', '.join(choices('suite'))}."
+                )
+            typed = parse(bare) | typed
+        suites = typed.pop("suite")
+        parts = {name: typed for name in _known("suite", suites)}
+        title = ", ".join(parts)
+    else:
+        title = str(_single("experiment", experiment))
+        parts = _experiment_parts(title, typed)
+    wanted = [_groups(part) for part in parts.values()]
+    together = {group: list(dict.fromkeys(n for part in wanted for n in part[group]))
+                for group in defaults()}  # fmt: skip
+    files = Files(together | {"suite": list(parts)})
+    _check_suite_keys(parts, typed, files)
+    settings = [made for suite, part in parts.items() for made in _cross(suite, part, files)]
+    clusters = [settings[0]["cluster"]] if settings else []
+    if any(made["cluster"] != clusters[0] for made in settings):
+        raise ValueError("cluster cannot be swept: one command runs in one place.")
+    cluster = build(Cluster, clusters[0], f"cluster={clusters[0].get('name')}")
+    return Request(title, cluster, settings)
+
+
+def parse(overrides: Iterable[str]) -> dict[str, list[Any]]:
+    """Key to its values (more than one: a sweep); a later override of a key replaces it."""
+    found: dict[str, list[Any]] = {}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            hint = "" if "=" in text else " Overrides look like key=value."
+            line = str(error).splitlines()[0]
+            raise ValueError(f"cannot read override {text!r}: {line}.{hint}") from None
+        if override.is_delete():
+            raise ValueError(f"{text!r}: settings cannot be removed; set the key to null.")
+        if override.package:
+            raise ValueError(f"{text!r}: a group has one place; write {override.key_or_group}=...")
+        key = override.key_or_group
+        _check_root(key)
+        found[key] = _values(key, override)
+    return found
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _values(key: str, override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    if isinstance(override.value(), Glob):
+        names = override.value().filter(choices(key)) if key in GROUPS else []
+        if not names:
+            raise ValueError(f"{override.input_line!r} matches nothing in configs/{key}.")
+        return names
+    return [Override._convert_value(value) for value in override.sweep_iterator()]
+
+
+def _check_root(key: str) -> None:
+    root, _, rest = key.partition(".")
+    known = [*GROUPS, *SECTIONS, *VALUES, "experiment"]
+    if root not in known:
+        close = get_close_matches(root, known, n=1)
+        where = f"{close[0]}.{rest}" if close and rest else (close or [""])[0]
+        hint = f"Did you mean {where!r}?" if close else _owner(root, known)
+        raise ValueError(f"unknown key {key!r}. {hint}")
+    if not rest and root in SECTIONS:
+        raise ValueError(f"{key!r} is a section; set one of its keys, like {key}.window_size=512.")
+    if rest and root in (*VALUES, "family", "size", "backend", "experiment"):
+        raise ValueError(f"unknown key {key!r}: {root!r} has no keys. Architecture is model.{rest}")
+
+
+def _owner(name: str, known: list[str]) -> str:
+    """Where a bare key lives, if some section has it: window_size is model.window_size."""
+    files = Files({group: [choice] for group, choice in defaults().items()})
+    sections = {"model": files.model(defaults()["size"], defaults()["family"])}
+    sections |= {group: files.choice(group, defaults()[group]) for group in ("data", "optimizer")}
+    for section, values in sections.items():
+        if close := get_close_matches(name, list(values), n=1, cutoff=0.8):
+            return f"Did you mean '{section}.{close[0]}'?"
+    return f"Known keys: {', '.join(known)}."
+
+
+def _known(group: str, names: list[Any]) -> list[str]:
+    for name in names:
+        choose(group, str(name), tuple(choices(group)), f"configs/{group}")
+    return [str(name) for name in names]
+
+
+def _single(key: str, values: list[Any]) -> Any:
+    if len(values) != 1:
+        raise ValueError(f"{key} takes one value, not {len(values)}.")
+    return values[0]
+
+
+def _experiment_parts(name: str, typed: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Suite to its overrides: the experiment's, then the suite's own, then what was typed."""
+    choose("experiment", name, tuple(choices("experiment")), "configs/experiment")
+    where = f"configs/experiment/{name}.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
+    unknown = set(values) - {"overrides", "suites"}
+    if unknown or not values.get("suites"):
+        raise ValueError(f"{where}: needs the keys overrides and suites, and no other.")
+    shared = parse(values.get("overrides") or ())
+    suites = _known("suite", list(values["suites"]))
+    if wanted := typed.pop("suite", None):
+        for suite in _known("suite", wanted):
+            choose("suite", suite, tuple(suites), where)
+        suites = [suite for suite in suites if suite in wanted]
+    return {suite: shared | parse(values["suites"][suite] or ()) | typed for suite in suites}
+
+
+def _check_suite_keys(parts: dict[str, Any], typed: dict[str, Any], files: "Files") -> None:
+    """A key suite.x reaches the suites that have it: at least one must."""
+    known = sorted(set().union(*(files.choice("suite", suite) for suite in parts)) - {"name"})
+    for key in typed:
+        root, _, rest = key.partition(".")
+        field = rest.partition(".")[0]
+        if root == "suite" and rest and field not in known:
+            close = get_close_matches(field, known, n=1)
+            hint = f"Did you mean 'suite.{close[0]}'?" if close else f"Known: {', '.join(known)}."
+            raise ValueError(f"suite={','.join(parts)}: unknown key {key!r}. {hint}")
+
+
+def _groups(overrides: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """Group to the choices of it that are swept."""
+    return {
+        group: _known(group, overrides[group]) if group in overrides else [choice]
+        for group, choice in defaults().items()
+    }
+
+
+def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[dict[str, Any]]:
+    """One settings dict for each combination of swept values, the first key varying slowest."""
+    groups = _groups(overrides)
+    known = files.choice("suite", suite)
+    values = {
+        key: swept
+        for key, swept in overrides.items()
+        if key not in GROUPS and not (key.startswith("suite.") and key.split(".")[1] not in known)
+    }
+    made = []
+    for chosen in product(*groups.values()):
+        base = files.settings(dict(zip(groups, chosen, strict=True)) | {"suite": suite})
+        for point in product(*values.values()):
+            made.append(_apply(copy.deepcopy(base), dict(zip(values, point, strict=True))))
+    return made
+
+
+def _apply(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = settings
+        for name in path:
+            if not isinstance(section.get(name), dict):
+                raise ValueError(f"unknown key {key!r}: {name!r} has no keys.")
+            section = section[name]
+        section[last] = value
+    model = settings["model"]
+    if model["family"] == "mqa" and model["window_size"] is not None:
+        raise ValueError(
+            f"model.window_size={model['window_size']}: family=mqa sees every key; "
+            "for attention in a window use family=mqa_local."
+        )
+    model.setdefault("vocab_size", settings["data"].get("vocab_size", 256))
+    return settings
+
+
+@cache
+def defaults() -> dict[str, str]:
+    """Group to the choice that config.yaml makes; a suite is always named."""
+    listed = OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))["defaults"]
+    made = {
+        group: name for item in listed if isinstance(item, dict) for group, name in item.items()
+    }
+    return {group: name for group, name in made.items() if group != "suite"}
+
+
+class Files:
+    """The files of some choices, composed by Hydra at once, each in a package of its own."""
+
+    def __init__(self, groups: dict[str, list[str]]) -> None:
+        self._places: dict[tuple[str, ...], str] = {}
+        overrides = [f"~{group}" for group in (*defaults(), "suite")]
+        for pair in product(groups["size"], groups["family"]):
+            place = self._place("model", *pair)
+            overrides += [f"+size@{place}={pair[0]}", f"+family@{place}={pair[1]}"]
+        for group, names in groups.items():
+            if group not in ("size", "family"):
+                overrides += [f"+{group}@{self._place(group, name)}={name}" for name in names]
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                config = compose("config", overrides)
+            self._values = OmegaConf.to_container(config, resolve=True)
+        except HydraException as error:
+            raise ValueError(f"configs: {str(error).splitlines()[0]}") from None
+
+    def model(self, size: str, family: str) -> dict[str, Any]:
+        return self._values["model"] | self._values[self._places["model", size, family]]
+
+    def choice(self, group: str, name: str) -> dict[str, Any]:
+        return self._values[self._places[group, name]]
+
+    def settings(self, chosen: dict[str, str]) -> dict[str, Any]:
+        """All sections for one choice of each group."""
+        made = {key: self._values[key] for key in ("kernels", *VALUES)}
+        made["model"] = self.model(chosen["size"], chosen["family"])
+        made["backend"] = self.choice("backend", chosen["backend"])["backend"]
+        for group in ("suite", "data", "optimizer", "cluster"):
+            made[group] = self.choice(group, chosen[group])
+        return made
+
+    def _place(self, *key: str) -> str:
+        return self._places.setdefault(key, f"choice_{len(self._places)}")

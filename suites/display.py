@@ -1,0 +1,142 @@
+"""What people see: tables that never cut a number, and progress with an estimate of the end."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from suites.harness.plan import Planned, workload_text
+from suites.harness.record import Record
+
+NONE = "-"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def print_table(
+    header: list[str], rows: Iterable[Iterable[str]], *, title: str = "", note: str = ""
+) -> None:
+    """Columns as wide as their longest cell; on a terminal wrapped to fit, elsewhere never."""
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    rows = [list(row) for row in rows]
+    for place, name in enumerate(header):
+        is_number = all(_is_number(row[place]) for row in rows) and rows
+        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(table)
+    if note:
+        console.print(Text(note, style="dim"))
+
+
+def number(value: float | None) -> str:
+    """Counts exactly, with separators."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def size(num_bytes: float | None) -> str:
+    """Bytes in the binary unit that reads best."""
+    if num_bytes is None:
+        return NONE
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.2f} {unit}"
+    return f"{num_bytes:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class SweepProgress:
+    """A bar on a terminal, a line for each run elsewhere; the estimate is from runs that ended."""
+
+    def __init__(self, num_runs: int) -> None:
+        self.num_runs = num_runs
+        self.num_ended = 0
+        self.start = time.perf_counter()
+        self.seconds: dict[tuple, list[float]] = {}
+        self.left: dict[tuple, int] = {}
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def __enter__(self) -> "SweepProgress":
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=self.num_runs, left="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def expect(self, todo: list[Planned]) -> None:
+        for planned in todo:
+            kind = _kind(planned)
+            self.left[kind] = self.left.get(kind, 0) + 1
+
+    def started(self, planned: Planned) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=_label(planned))
+
+    def ended(self, planned: Planned, record: Record) -> None:
+        kind = _kind(planned)
+        self.num_ended += 1
+        self.left[kind] = self.left.get(kind, 1) - 1
+        self.seconds.setdefault(kind, []).append(record.seconds)
+        why = f" ({record.reason})" if record.reason else ""
+        line = f"{_label(planned)}: {record.outcome} in {record.seconds:.1f} s{why}"
+        left = f"about {duration(self.estimate())} left" if self.num_ended < self.num_runs else ""
+        if self.bar:
+            if record.outcome != "completed":
+                self.bar.console.print(Text(line), style="yellow")
+            self.bar.update(self.task, completed=self.num_ended, left=left)
+            return
+        place = f"[{self.num_ended}/{self.num_runs}]"
+        print(f"{place} {line}{'; ' + left if left else ''}", file=sys.stderr, flush=True)
+
+    def estimate(self) -> float:
+        """Seconds left: each kind of run as long as those of its kind took, else the mean."""
+        known = [s for values in self.seconds.values() for s in values]
+        mean = sum(known) / len(known) if known else 0.0
+        total = 0.0
+        for kind, count in self.left.items():
+            values = self.seconds.get(kind)
+            total += count * (sum(values) / len(values) if values else mean)
+        return total
+
+
+def _kind(planned: Planned) -> tuple:
+    return planned.run.suite, planned.run.backend, planned.run.model.family
+
+
+def _label(planned: Planned) -> str:
+    run = planned.run
+    rounds = f" round {run.round}" if planned.block else f" seed {run.seed}"
+    name = f"{run.model.family}_{run.model.size}"
+    return f"{run.suite} {name} {run.backend} {run.dtype} {workload_text(run.workload)}{rounds}"
+
+
+def _is_number(text: str) -> bool:
+    return text == NONE or text[:1].isdigit() or (text[:1] in "+-" and text[1:2].isdigit())

@@ -1,0 +1,101 @@
+"""Who measures a run: a folder made by one atomic rename, its owner named inside.
+
+Claims of processes that died are taken over; a claim is never waited for.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def claim(store: Path, run_id: str) -> bool:
+    """Takes the run for this process; False where another one that lives has it."""
+    folder = store / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / run_id
+    ready = folder / f".new-{uuid.uuid4().hex}"
+    ready.mkdir()
+    (ready / "owner.json").write_text(json.dumps(_ourselves()), encoding="utf-8")
+    for _ in range(2):
+        try:
+            ready.rename(place)  # fails where the place is a folder with an owner in it
+            return True
+        except OSError:
+            if not _set_aside_if_dead(place):
+                break
+    shutil.rmtree(ready)
+    return False
+
+
+def release(store: Path, run_id: str) -> None:
+    """Gives a claim of ours back."""
+    place = store / "claims" / run_id
+    gone = place.with_name(f".gone-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(gone)
+        shutil.rmtree(gone)
+
+
+def owner(store: Path, run_id: str) -> dict[str, Any] | None:
+    try:
+        text = (store / "claims" / run_id / "owner.json").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return json.loads(text)
+
+
+def is_alive(found: dict[str, Any]) -> bool:
+    """Whether the owner still runs. Of another host nothing is known: it counts as alive."""
+    if found["host"] != socket.gethostname():
+        return True
+    return started(found["pid"]) == found["started"]
+
+
+def started(pid: int) -> str | None:
+    """Boot and start time of a process, which tell it from a later one of the same number."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return _without_proc(pid)
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else f"{boot} {rest[18]}"
+
+
+def _without_proc(pid: int) -> str | None:
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return None
+    return "alive"
+
+
+def _ourselves() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _set_aside_if_dead(place: Path) -> bool:
+    """Moves a dead owner's claim away. Its new name is the owner's token, so that of two rescuers
+    the slower one cannot move away the claim that the faster one has just made."""
+    found = owner(place.parent.parent, place.name)
+    if found is None:
+        return not place.exists()
+    if is_alive(found):
+        return False
+    try:
+        place.rename(place.with_name(f".dead-{found['token']}"))
+    except OSError:
+        return not place.exists()
+    return True

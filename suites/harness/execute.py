@@ -1,0 +1,219 @@
+"""Executes one run in this process and writes its record: every end becomes a typed outcome.
+
+The only place that catches Exception. The parent writes the record of a child that could not.
+"""
+
+import hashlib
+import os
+import re
+import resource
+import signal
+import socket
+import time
+import traceback
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from implementations.engine import Unsupported, load_engine
+from suites.harness import data, measure, provenance
+from suites.harness.executors import Ended
+from suites.harness.record import Record, Sample, record_path, write
+from suites.harness.run import Run
+
+# What allocators, loaders and thread pools say when an address space limit stops them.
+_STARVED = re.compile(
+    r"out of memory|RESOURCE_EXHAUSTED|can't allocate memory|bad_alloc|cannot allocate memory|"
+    r"MemoryError|failed to map segment|Allocation failed|can't start new thread|"
+    r"Thread creation failed|pthread_create failed|Resource temporarily unavailable",
+    re.IGNORECASE,
+)
+NEAR_LIMIT = 0.9  # of the memory allowed: a process that dies here died of memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One attempt of one run, as the parent hands it to a child: all that a record repeats."""
+
+    run: Run
+    build: str
+    attempt: str
+    parent_pid: int
+    costs: dict[str, Any] = field(default_factory=dict)
+    block: str | None = None
+    order: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"run": self.run.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Task":
+        return cls(**(values | {"run": Run.from_json(values["run"])}))
+
+    def record(self, outcome: str, **values: Any) -> Record:
+        return Record(
+            run_id=self.run.run_id,
+            cell_id=self.run.cell_id,
+            build=self.build,
+            attempt=self.attempt,
+            outcome=outcome,
+            run=self.run.to_json(),
+            costs=self.costs,
+            block=self.block,
+            order=self.order,
+            **values,
+        )
+
+
+def new_attempt() -> str:
+    """Sorts by time; unique over hosts and processes."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    return f"{now}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def execute(store: Path, task: Task) -> Record:
+    """Runs the task, writes its record, returns it."""
+    started_at, start = utc_now(), time.perf_counter()
+    samples: list[Sample] = []
+    found: dict[str, Any] = {}
+    outcome, reason = "completed", None
+    try:
+        _measure(task.run, samples, found)
+    except Unsupported as error:
+        outcome, reason = "unsupported", _first_line(error)
+    except measure.Diverged as error:
+        outcome, reason = "diverged", _first_line(error)
+    except measure.InvalidMeasurement as error:
+        outcome, reason = "invalid_measurement", _first_line(error)
+    except measure.OutOfMemoryPredicted as error:
+        outcome, reason = "out_of_memory_predicted", _first_line(error)
+    except Exception as error:
+        outcome, reason = _outcome_of(error), f"{type(error).__name__}: {_first_line(error)}"
+        path = record_path(store, task.run.run_id, task.attempt).with_suffix(".traceback.txt")
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    record = task.record(
+        outcome,
+        reason=reason,
+        phase=None if outcome == "completed" else measure.current_phase(),
+        provenance=seen(task.run) | found,
+        samples=tuple(samples),
+        started_at=started_at,
+        seconds=time.perf_counter() - start,
+    )
+    write(store, record)
+    return record
+
+
+def seen(run: Run) -> dict[str, Any]:
+    """What is known of machine and code without an engine."""
+    return provenance.machine() | {
+        "device_kind": run.device_kind,
+        "device_name": provenance.device_name(run.device_kind),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+    }
+
+
+def ended_without_record(task: Task, ended: Ended, log: str, started_at: str, seconds: float):
+    """The record of a child that died before it could write one."""
+    outcome, reason = verdict(ended, log)
+    return task.record(
+        outcome,
+        reason=reason,
+        phase="start",
+        provenance=seen(task.run),
+        started_at=started_at,
+        seconds=seconds,
+    )
+
+
+def verdict(ended: Ended, log: str) -> tuple[str, str]:
+    """Outcome and reason of a death without a record, from its signal, its log and its memory."""
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "no output")
+    name = signal.Signals(-ended.returncode).name if ended.returncode < 0 else ""
+    how = f"killed by {name}" if name else f"exited with {ended.returncode}"
+    if ended.returncode == -signal.SIGKILL:
+        if ended.num_out_of_memory_kills:
+            return "out_of_memory", "killed (SIGKILL) by the kernel's out-of-memory killer"
+        near = ended.peak_rss_bytes > NEAR_LIMIT * provenance.memory_bytes()
+        if ended.num_out_of_memory_kills is None and near:
+            return (
+                "out_of_memory",
+                "killed (SIGKILL): most likely the kernel's out-of-memory killer",
+            )
+        return "failed", f"{how}, and the kernel counts no out-of-memory kill"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    is_limited = limit != resource.RLIM_INFINITY
+    starved = [line.strip() for line in log.splitlines() if _STARVED.search(line)]
+    if starved:
+        return "out_of_memory", f"{how}: {starved[-1][:300]}"
+    if is_limited and name and ended.peak_virtual_bytes > NEAR_LIMIT * limit:
+        return "out_of_memory", f"{how} near the address space limit of {limit:,} bytes"
+    return "failed", f"{how} before it could write a record: {last[:300]}"
+
+
+def _measure(run: Run, samples: list[Sample], found: dict[str, Any]) -> None:
+    """Appends samples and provenance as they come: what was measured before an end is kept."""
+    found["load_average"] = list(os.getloadavg())
+    suite = import_module(f"suites.{run.suite}")
+    engine_class = load_engine(run.backend)
+    found["num_threads"] = measure.num_cpu_threads()
+    measure.phase("init")
+    start = time.perf_counter()
+    engine = engine_class(
+        run.model,
+        dtype=run.dtype,
+        kernels=run.kernels,
+        device_kind=run.device_kind,
+        seed=run.seed,
+    )
+    engine.synchronize()
+    samples.append(measure.sample("init_time_s", time.perf_counter() - start))
+    found["resolved_kernels"] = dict(engine.resolved_kernels)
+    if engine.device_name != run.device_kind:
+        found["device_name"] = engine.device_name
+    found["init_digest"] = provenance.parameters_digest(engine.parameters())
+    measure.phase("measure")
+    for sample in suite.measure(run, engine):
+        samples.append(sample)  # one by one: extend() would lose them all at an exception
+    found["data_digest"] = _data_digest(run)
+
+
+def _data_digest(run: Run) -> str:
+    """What the run's batches hold, in their order: equal digests, equal data."""
+    work = run.workload
+    if work.phase == "train" and work.num_steps > 0:
+        corpus = data.open_corpus(run.data)
+        shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
+        return data.batch_digest(data.batches(corpus, **shape, seed=run.seed))
+    tokens_BT = data.random_tokens(
+        work.batch_size,
+        work.seq_len + 1 if work.seq_len else work.prompt_len,
+        vocab_size=run.model.vocab_size,
+        seed=run.seed,
+    )
+    return hashlib.blake2b(tokens_BT.tobytes(), digest_size=16).hexdigest()
+
+
+def _outcome_of(error: Exception) -> str:
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    for link in chain:
+        text = f"{type(link).__name__}: {link}"
+        if measure.is_out_of_memory(link) or (limited and _STARVED.search(text)):
+            return "out_of_memory"
+    return "compile_error" if measure.current_phase() == "compile" else "failed"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:500]

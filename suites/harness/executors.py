@@ -1,0 +1,190 @@
+"""Where runs are started: one small protocol, and the executor of this machine.
+
+A task is a file; an executor starts `python -m suites.harness.child <store> <task>` for it in an
+environment that is set before the child begins, and says how it ended. It never reads records.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from implementations.config import choose
+from implementations.engine import CPU
+from suites.harness import provenance
+
+EXECUTORS = ("local",)
+TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A place that runs: which executor, how many runs at once, how long each may take."""
+
+    name: str
+    executor: str
+    parallelism: int = 1  # above 1, runs share the machine: timings disturb each other
+    run_limit_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        choose("executor", self.executor, EXECUTORS, f"cluster {self.name!r}")
+        if self.parallelism < 1:
+            raise ValueError(f"cluster: parallelism={self.parallelism}; must be at least 1.")
+        if not self.run_limit_s > 0:
+            raise ValueError(f"cluster: run_limit_s={self.run_limit_s}; must be positive.")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, and what was seen of it; negative return codes are signals."""
+
+    returncode: int
+    peak_rss_bytes: int = 0
+    peak_virtual_bytes: int = 0
+    num_out_of_memory_kills: int | None = None  # while it ran; None: the kernel does not tell
+
+
+class Executor(Protocol):
+    """Carries tasks to where they run. Handles are strings and stay valid until polled as ended."""
+
+    def submit(self, task: Path) -> str: ...
+
+    def poll(self, handle: str) -> Ended | None:
+        """None while it waits or runs."""
+
+    def wait(self, seconds: float) -> None:
+        """Returns when some task may have ended, or after the time given."""
+
+    def cancel(self, handle: str) -> None:
+        """Stops the task and all it started; returns when it is gone."""
+
+    def logs(self, handle: str) -> str: ...
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen
+    log: Path
+    slot: int
+    pidfd: int | None
+    kills_before: int | None
+    peak_rss_bytes: int = 0
+    peak_virtual_bytes: int = 0
+
+
+@dataclass
+class Local:
+    """Runs tasks on this machine, each in a fresh process on its own share of the cores."""
+
+    store: Path
+    parallelism: int = 1
+    _children: dict[str, _Child] = field(default_factory=dict)
+
+    def submit(self, task: Path) -> str:
+        slot = min(set(range(self.parallelism)) - {c.slot for c in self._children.values()})
+        cores = provenance.cores()
+        share = max(len(cores) // self.parallelism, 1)
+        mine = [cores[(slot * share + i) % len(cores)] for i in range(share)]
+        log = task.with_name(task.name.removeprefix(".task-")).with_suffix(".log")
+        command = [sys.executable, "-m", "suites.harness.child", str(self.store), str(task)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(mine, _device_kind(task))
+                | {TENSORS_VARIABLE: str(log.with_suffix(".npz"))},
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+        handle = str(process.pid)
+        kills = provenance.num_out_of_memory_kills()
+        self._children[handle] = _Child(process, log, slot, _pidfd(process.pid), kills)
+        return handle
+
+    def poll(self, handle: str) -> Ended | None:
+        child = self._children[handle]
+        _look_at_memory(child)
+        returncode = child.process.poll()
+        if returncode is None:
+            return None
+        self._forget(handle)
+        kills = provenance.num_out_of_memory_kills()
+        if kills is not None and child.kills_before is not None:
+            kills -= child.kills_before
+        return Ended(returncode, child.peak_rss_bytes, child.peak_virtual_bytes, kills)
+
+    def wait(self, seconds: float) -> None:
+        pidfds = [c.pidfd for c in self._children.values() if c.pidfd is not None]
+        if len(pidfds) < len(self._children) or not pidfds:
+            time.sleep(min(seconds, 0.05))
+            return
+        select.select(pidfds, [], [], seconds)
+
+    def cancel(self, handle: str) -> None:
+        child = self._children[handle]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+        self._forget(handle)
+
+    def logs(self, handle: str) -> str:
+        return self._children[handle].log.read_text(encoding="utf-8", errors="replace")
+
+    def _forget(self, handle: str) -> None:
+        child = self._children.pop(handle)
+        if child.pidfd is not None:
+            os.close(child.pidfd)
+
+
+def environment(cores: list[int], device_kind: str) -> dict[str, str]:
+    """The child's environment: threads pinned, full float32 products, caches on local disk."""
+    caches = Path(tempfile.gettempdir()) / f"aerie-cache-{os.getuid()}"
+    threads = str(len(cores))
+    pinned = {
+        "AERIE_CORES": ",".join(map(str, cores)),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "PYTHONHASHSEED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    if device_kind == CPU:
+        pinned |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | pinned
+
+
+def _device_kind(task: Path) -> str:
+    return json.loads(task.read_text(encoding="utf-8"))["run"]["device_kind"]
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def _look_at_memory(child: _Child) -> None:
+    """Keeps the highest memory seen of a child that still runs."""
+    try:
+        lines = Path(f"/proc/{child.process.pid}/status").read_text().splitlines()
+    except OSError:
+        return
+    seen = {k: v for k, _, v in (line.partition(":") for line in lines) if k.startswith("Vm")}
+    for key, name in (("VmHWM", "peak_rss_bytes"), ("VmPeak", "peak_virtual_bytes")):
+        if key in seen:
+            setattr(child, name, max(getattr(child, name), int(seen[key].split()[0]) * 1024))

@@ -1,0 +1,271 @@
+"""From settings to runs, in the order they will be measured, each with its costs and its reason.
+
+Settings are plain dicts (composed at the front door); nothing here knows where they come from.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from implementations import cost
+from implementations.config import ModelConfig, build, choose
+from implementations.engine import Kernels, OptimizerConfig, check_dtype
+from suites.harness import provenance
+from suites.harness.run import DataConfig, Run, Workload
+
+# Ends that are results: such a run is not run again while its build is current.
+FINISHED = ("completed", "unsupported", "out_of_memory", "out_of_memory_predicted", "diverged")
+NEW, FINISHED_REASON = "new", "finished"
+CONTEXT = 4096  # of the cache that is shown for runs that decode nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a plan: why it would run or not, what it costs, its place in its comparison."""
+
+    run: Run
+    build: str
+    reason: str
+    is_pending: bool  # aerie run would start it
+    is_stale: bool
+    outcome: str | None  # of the attempt that counts, if any
+    costs: dict[str, Any]
+    block: str | None
+    order: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "run_id": run.run_id,
+            "suite": run.suite,
+            "family": run.model.family,
+            "size": run.model.size,
+            "backend": run.backend,
+            "dtype": run.dtype,
+            "phase": run.workload.phase,
+            "batch_size": run.workload.batch_size,
+            "seq_len": run.workload.seq_len or None,
+            "prompt_len": run.workload.prompt_len or None,
+            "num_new_tokens": run.workload.num_new_tokens or None,
+            "seed": run.seed,
+            "round": run.round,
+            **self.costs,
+            "device_kind": run.device_kind,
+            "linear_scan": run.kernels.linear_scan,
+            "attention": run.kernels.attention,
+            "window_size": run.model.window_size,
+            "build": self.build,
+            "is_pending": self.is_pending,
+            "reason": self.reason,
+        }
+
+
+def expand(settings: dict[str, Any]) -> Iterator[Run]:
+    """Every run of one suite and one model: workloads x rounds x seeds."""
+    name = settings["suite"]["name"]
+    kind = load_suite(name)
+    values = {key: value for key, value in settings["suite"].items() if key != "name"}
+    suite = build(kind, values, f"suite={name}")
+    model = build(ModelConfig, settings["model"], "model")
+    kernels = build(Kernels, settings["kernels"], "kernels")
+    data = data_config(settings)
+    optimizer = build(OptimizerConfig, settings["optimizer"], "optimizer")
+    if model.vocab_size < data.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than data={data.name} needs: "
+            f"{data.vocab_size}."
+        )
+    check_dtype(settings["dtype"])
+    choose("device_kind", settings["device_kind"], provenance.DEVICE_KINDS, "settings")
+    if suite.rounds < 1 or not suite.seeds:
+        raise ValueError(f"suite={name}: rounds and seeds must not be empty.")
+    for workload in suite.workloads():
+        for round_ in range(suite.rounds):
+            for seed in suite.seeds:
+                yield Run(
+                    suite=name,
+                    model=model,
+                    backend=settings["backend"],
+                    dtype=settings["dtype"],
+                    workload=workload,
+                    kernels=kernels,
+                    data=data,
+                    optimizer=suite.optimizer(optimizer, workload),
+                    device_kind=settings["device_kind"],
+                    seed=seed,
+                    round=round_,
+                )
+
+
+def data_config(settings: dict[str, Any]) -> DataConfig:
+    return build(DataConfig, settings["data"], "data")
+
+
+def load_suite(name: str) -> type:
+    return import_module(f"suites.{name}").Suite
+
+
+def arrange(runs: Iterable[Run]) -> list[tuple[Run, str | None, int | None]]:
+    """Runs as they will be measured, each once, with block and order.
+
+    Parity first, then timing, then quality. Timing runs of one comparison are a block: its
+    variants change places each round (A B B A), so that drift of the machine hits all alike.
+    """
+    unique = list({run.run_id: run for run in runs}.values())
+    blocks: dict[str, list[Run]] = {}
+    for run in unique:
+        blocks.setdefault(_comparison(run), []).append(run)
+    arranged = []
+    for key, members in blocks.items():
+        if not load_suite(members[0].suite).is_timing:
+            arranged += [(run, None, None) for run in members]
+            continue
+        variants = {run.cell_id: place for place, run in enumerate(reversed(members))}
+        members.sort(key=lambda run: (run.round, run.seed, _place(run, variants)))
+        arranged += [(run, key, order) for order, run in enumerate(members)]
+    return sorted(arranged, key=lambda item: _rank(item[0].suite))
+
+
+def plan(store: Path, runs: Iterable[Run]) -> list[Planned]:
+    """What each run would cost, and what the store already says of it."""
+    made = []
+    for run, block, order in arrange(runs):
+        device = provenance.device_name(run.device_kind)
+        key = provenance.build_key(run.suite, run.backend, device)
+        reason, is_pending, counted = judge(attempts(store, run.run_id), key, run, device)
+        made.append(
+            Planned(
+                run=run,
+                build=key,
+                reason=reason,
+                is_pending=is_pending,
+                is_stale=reason.startswith("stale"),
+                outcome=counted["outcome"] if counted else None,
+                costs=costs(run),
+                block=block,
+                order=order,
+            )
+        )
+    return made
+
+
+def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
+    """Records of one run as plain values, oldest first."""
+    paths = sorted((store / "runs" / run_id).glob("[!.]*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def judge(
+    records: list[dict[str, Any]], build_now: str, run: Run, device: str
+) -> tuple[str, bool, dict[str, Any] | None]:
+    """(reason, whether it is pending, the record that counts) for a run and its attempts."""
+    if not records:
+        return NEW, True, None
+    finished = [record for record in records if record["outcome"] in FINISHED]
+    current = [record for record in finished if record["build"] == build_now]
+    if current:
+        outcome = current[-1]["outcome"]
+        reason = FINISHED_REASON if outcome == "completed" else f"{FINISHED_REASON}: {outcome}"
+        return reason, False, current[-1]
+    if finished:
+        return f"stale: {_change(finished[-1], run, device)}", False, finished[-1]
+    outcome = records[-1]["outcome"]
+    return f"failed: {outcome}" if outcome != "failed" else "failed", True, records[-1]
+
+
+def ended_as_planned(run: Run, outcome: str | None) -> bool:
+    """Completed, unsupported, or out of memory where the search for a frontier is the question."""
+    is_search = run.workload.max_batch_size > 0
+    return outcome in ("completed", "unsupported", "out_of_memory_predicted") or (
+        outcome == "out_of_memory" and is_search
+    )
+
+
+def costs(run: Run) -> dict[str, Any]:
+    """Exact counts and predictions, by the names that records and `aerie plan` use.
+
+    cache_bytes is that of the run's own batch and positions where it decodes, else that of one
+    sequence of CONTEXT positions.
+    """
+    model, work = run.model, run.workload
+    positions = work.prompt_len + work.num_new_tokens
+    length = work.seq_len or positions
+    if work.phase in ("prefill", "decode"):
+        cache = {"batch_size": work.batch_size, "capacity": positions}
+        memory = cost.inference_memory_bytes(
+            model, prompt_len=work.prompt_len, dtype=run.dtype, **cache
+        )
+    else:
+        cache = {"batch_size": 1, "capacity": CONTEXT}
+        memory = cost.train_memory_bytes(
+            model,
+            batch_size=work.batch_size,
+            seq_len=length,
+            dtype=run.dtype,
+            activation_checkpointing=work.activation_checkpointing,
+        )
+    return {
+        "num_params": cost.num_params(model),
+        "num_params_non_embedding": cost.num_params_non_embedding(model),
+        "train_flops_per_token": cost.train_flops_per_token(model, length),
+        "cache_bytes": cost.cache_bytes(model, dtype=run.dtype, **cache),
+        "predicted_peak_memory_bytes": memory,
+    }
+
+
+def is_larger(run: Run, proven: Run) -> bool:
+    """Whether a run is the proven one with more work: no size smaller, and one larger."""
+    sizes = ("batch_size", "seq_len", "prompt_len", "num_new_tokens")
+    if _without(run, sizes) != _without(proven, sizes):
+        return False
+    pairs = [(getattr(run.workload, s), getattr(proven.workload, s)) for s in sizes]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def _without(run: Run, sizes: tuple[str, ...]) -> dict[str, Any]:
+    values = run.to_json()
+    work = {key: value for key, value in values["workload"].items() if key not in sizes}
+    return {k: v for k, v in values.items() if k not in ("seed", "round")} | {"workload": work}
+
+
+def _comparison(run: Run) -> str:
+    """The id of all that variants share: suite, workload and what does not tell them apart."""
+    shared = [run.suite, vars(run.workload), vars(run.data), run.model.size, run.dtype]
+    text = json.dumps([*shared, run.device_kind], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _place(run: Run, variants: dict[str, int]) -> int:
+    """Place of a variant in its round: in turn forward and backward."""
+    place = variants[run.cell_id]
+    return place if run.round % 2 else -place
+
+
+def _rank(suite: str) -> int:
+    if suite == "parity":
+        return 0
+    return 1 if load_suite(suite).is_timing else 2
+
+
+def _change(record: dict[str, Any], run: Run, device: str) -> str:
+    """What differs between a finished record's build and ours, in words."""
+    then = record["provenance"].get("versions", {})
+    now = provenance.versions()
+    for name in provenance.LIBRARIES.get(run.backend, ("numpy",)):
+        if then.get(name) != now.get(name):
+            return f"{name} {then.get(name)} -> {now.get(name)}"
+    if (was := record["provenance"].get("device_name")) != device:
+        return f"device {was} -> {device}"
+    return "code changed"
+
+
+def workload_text(work: Workload) -> str:
+    """A workload in a few words, for tables."""
+    if work.phase in ("prefill", "decode"):
+        text = f"prompt_len {work.prompt_len}"
+        return f"{text} + {work.num_new_tokens}" if work.num_new_tokens else text
+    return f"{work.batch_size} x {work.seq_len}" if work.seq_len else f"batch {work.batch_size}"

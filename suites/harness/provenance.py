@@ -1,0 +1,245 @@
+"""Where a run ran and on what code: machine, versions, commit, and the build key of promise 4.
+
+Nothing here imports a framework: versions come from package metadata, the machine from /proc.
+"""
+
+import ast
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from implementations.engine import CPU, ENGINES
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("numpy", "jax", "jaxlib", "optax", "torch", "triton", "aerie")
+LIBRARIES = {"jax": ("numpy", "jax", "jaxlib", "optax"), "torch": ("numpy", "torch", "triton")}
+DEVICE_KINDS = (CPU, "a100", "h100", "h200", "v5e")
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Installed versions by package; None for what is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def build_key(suite: str, backend: str, device_name: str) -> str:
+    """What a run executes, as two digests with a dot between: the engine (code of the backend, its
+    libraries, the device), then the question (the suite and the harness). Parity verifies speed
+    of the same first half; a run is current while both halves are.
+    """
+    engine = engine_modules(backend)
+    libraries = [f"{name} {versions().get(name)}" for name in LIBRARIES.get(backend, ("numpy",))]
+    question = closure({f"suites.{suite}", "suites.harness.child"}) - engine
+    halves = ([*_digests(engine), *libraries, device_name], _digests(question))
+    return ".".join(
+        hashlib.blake2b("\n".join(half).encode(), digest_size=6).hexdigest() for half in halves
+    )
+
+
+def engine_modules(backend: str) -> set[str]:
+    """Modules that a backend's engine imports, found in their syntax.
+
+    Mixers and the parts of a backend are loaded by name too, so their folders count whole.
+    """
+    engine = ENGINES[backend]
+    found = {engine} | _modules_below(ROOT / "implementations" / "mixers")
+    folder = Path(_origin(engine)).parent
+    if folder.is_relative_to(ROOT):
+        found |= _modules_below(folder)
+    return closure(found)
+
+
+def closure(found: set[str]) -> set[str]:
+    """These modules and all of implementations/ and suites/ that they import, however deep."""
+    found, waiting = set(found), sorted(found)
+    while waiting:
+        for name in _imports(_origin(waiting.pop())):
+            if name not in found and _origin(name):
+                found.add(name)
+                waiting.append(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What this machine has, without asking a framework."""
+    return {
+        "host": socket.gethostname(),
+        "cpu_model": cpu_model(),
+        "num_cores": num_cores(),
+        "memory_bytes": memory_bytes(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+@cache
+def device_name(device_kind: str) -> str:
+    """The device found for a requested kind: the CPU's model, or the first GPU's name."""
+    if device_kind == CPU:
+        return cpu_model()
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        if answer.strip():
+            return answer.splitlines()[0].strip()
+    return device_kind
+
+
+@cache
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def num_cores() -> int:
+    return len(cores())
+
+
+def cores() -> list[int]:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: of the machine, or of its control group."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (*_cgroup_files("memory.max"), *_cgroup_files("memory.limit_in_bytes")):
+        text = limit.read_text().strip()
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def num_out_of_memory_kills() -> int | None:
+    """Processes that the kernel has killed for memory so far, in our group; None: not told."""
+    for path in (*_cgroup_files("memory.events"), *_cgroup_files("memory.oom_control")):
+        for line in path.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of this checkout, with +dirty when files differ; None outside of git."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return None
+    commit = _git("rev-parse", "HEAD")
+    dirty = "+dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return commit + dirty if commit else None
+
+
+def parameters_digest(values: dict[str, np.ndarray]) -> str:
+    """blake2b over names, shapes and values: equal for both backends from one seed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(values):
+        value = np.ascontiguousarray(values[name], dtype=np.float32)
+        digest.update(f"{name} {value.shape}".encode())
+        digest.update(value.data)
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _cgroup_files(name: str) -> list[Path]:
+    """Files of this name in our control groups (v2 and v1) that exist."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            group = Path("/sys/fs/cgroup", controllers)
+            found += [group / path.lstrip("/") / name, group / name]
+    return [path for path in found if path.is_file()]
+
+
+def _modules_below(folder: Path) -> set[str]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in folder.rglob("*.py")
+    }
+
+
+def _digests(modules: set[str]) -> list[str]:
+    return [f"{name} {_syntax_digest(_origin(name))}" for name in sorted(modules)]
+
+
+@cache
+def _origin(module: str) -> str:
+    """The file of a module, found without importing it or its parents; empty when there is none."""
+    top, *rest = module.split(".")
+    if not rest:
+        spec = find_spec(top)
+        return spec.origin or "" if spec else ""
+    for place in getattr(sys.modules.get(top), "__path__", [str(ROOT / top)]):
+        path = Path(place, *rest)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return str(file)
+    return ""
+
+
+@cache
+def _tree(path: str) -> ast.Module:
+    return ast.parse(Path(path).read_text(encoding="utf-8"))
+
+
+@cache
+def _imports(path: str) -> set[str]:
+    """Modules of implementations and suites named in import statements of a file."""
+    names = set()
+    for node in ast.walk(_tree(path)) if path else ():
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] in ("implementations", "suites")}
+
+
+@cache
+def _syntax_digest(path: str) -> str:
+    """Digest of a file's syntax tree without docstrings: comments and layout do not count."""
+    if not path:
+        return ""
+    tree = _tree(path)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and body and ast.get_docstring(node, clean=False):
+            node.body = body[1:]
+    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=16).hexdigest()

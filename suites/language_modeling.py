@@ -1,0 +1,115 @@
+"""Language modeling: train on real text for a fixed number of tokens, then predict held-out text.
+
+Question: which architecture learns more from the same tokens, in the same order? Bits per byte
+compare across tokenizers; the unigram entropy of the same text is what guessing by frequency
+alone would reach.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from implementations.engine import IGNORED, Engine, OptimizerConfig
+from suites.harness import data
+from suites.harness.measure import Diverged, peak_memory_bytes, phase, progress, sample
+from suites.harness.record import Sample
+from suites.harness.run import Run, Workload
+
+NUM_TRAIN_SAMPLES = 50  # points of the training curve, each the mean of the steps before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    num_steps: int
+    batch_size: int
+    seq_len: int
+    num_held_out_batches: int
+    activation_checkpointing: bool
+    rounds: int
+    seeds: tuple[int, ...]
+    is_timing: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for key in ("num_steps", "seq_len", "num_held_out_batches"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"suite.{key}={getattr(self, key)}; must be at least 1.")
+
+    def workloads(self) -> Iterator[Workload]:
+        yield Workload(
+            phase="train",
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            num_steps=self.num_steps,
+            num_held_out_batches=self.num_held_out_batches,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
+    def optimizer(self, base: OptimizerConfig, workload: Workload) -> OptimizerConfig:
+        """The schedule ends with the run; warm-up is at most a tenth of it."""
+        num_warmup_steps = min(base.num_warmup_steps, workload.num_steps // 10)
+        return replace(base, num_steps=workload.num_steps, num_warmup_steps=num_warmup_steps)
+
+
+def measure(run: Run, engine: Engine) -> Iterator[Sample]:
+    work = run.workload
+    corpus = data.open_corpus(run.data)
+    shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
+    engine.start_training(run.optimizer, activation_checkpointing=work.activation_checkpointing)
+
+    phase("compile")
+    interval = max(1, work.num_steps // NUM_TRAIN_SAMPLES)
+    pending = []  # losses still on the device
+    batches = data.batches(corpus, **shape, seed=run.seed)
+    for step, batch in zip(range(1, work.num_steps + 1), batches, strict=False):
+        pending.append(engine.train_step(batch))
+        if step % interval == 0 or step == work.num_steps:
+            first = step - len(pending) + 1
+            losses = [
+                _finite(float(loss), f"training step {number}")
+                for number, loss in enumerate(pending, start=first)
+            ]
+            yield sample("train_loss", np.mean(losses), at=step)
+            progress(step, work.num_steps)
+            pending = []
+            phase("measure")
+
+    phase("evaluate")
+    held_out = data.held_out_batches(corpus, **shape, num_batches=work.num_held_out_batches)
+    nll, position = _evaluate(engine, held_out)
+    loss = _finite(float(nll.mean()), "evaluation")
+    yield sample("loss", loss)
+    if corpus.bytes_per_token is not None:  # tokens alone do not say how much text they are
+        yield sample("bits_per_byte", loss / (math.log(2) * corpus.bytes_per_token))
+    if corpus.unigram_bits_per_byte is not None:
+        yield sample("unigram_bits_per_byte", corpus.unigram_bits_per_byte)
+    for start, mean in loss_by_position(nll, position):
+        yield sample("loss_by_position", mean, at=start)
+    if (memory := peak_memory_bytes(engine)) is not None:
+        yield sample("peak_memory_bytes", memory)
+
+
+def loss_by_position(nll: np.ndarray, position: np.ndarray) -> Iterator[tuple[int, float]]:
+    """(first position, mean loss) of the buckets 0, 1, 2-3, 4-7, 8-15, ... of a document."""
+    bucket = np.where(position > 0, np.floor(np.log2(np.maximum(position, 1))).astype(int) + 1, 0)
+    for index in np.unique(bucket):
+        start = 0 if index == 0 else 2 ** (int(index) - 1)
+        yield start, float(nll[bucket == index].mean())
+
+
+def _evaluate(engine: Engine, batches: Iterator) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every scored target, in float64, and its position in its document."""
+    nlls, positions = [], []
+    for batch in batches:
+        is_scored_BT = batch.targets_BT != IGNORED
+        nlls.append(np.asarray(engine.evaluate(batch), np.float64)[is_scored_BT])
+        positions.append(batch.position_BT[is_scored_BT])
+    return np.concatenate(nlls), np.concatenate(positions)
+
+
+def _finite(loss: float, where: str) -> float:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} at {where}.")
+    return loss
