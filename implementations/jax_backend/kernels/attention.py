@@ -86,15 +86,23 @@ def check(variant: str) -> str:
 
 
 def _plain(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
+    """Products of one batch axis, (B, K), in which MQA has nothing to transpose; the weights are
+    normalized after the second one."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    S, K = k_BSKH.shape[1:3]
     dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q = q_BTNH.reshape(B, T, K, N // K, H)
-    # "n": the heads that share a key head. T before n keeps MQA free of transposes.
-    scores = jnp.einsum("btknh,bskh->bktns", q, k_BSKH, preferred_element_type=dtype)
-    scores = jnp.where(visible_BTS[:, None, :, None, :], scores * H**-0.5, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bktns,bskh->btknh", weights, v_BSKH).reshape(B, T, N, H)
+    q = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, -1, H)
+    k, v = (x.swapaxes(1, 2).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
+    scores = jnp.einsum("xth,xsh->xts", q, k, preferred_element_type=dtype)
+    scores = scores.reshape(B, K, T, N // K, S)
+    scores = jnp.where(visible_BTS[:, None, :, None, :], scores, jnp.finfo(dtype).min)
+    highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.reshape(B * K, -1, S).astype(v.dtype)
+    out = jnp.einsum("xts,xsh->xth", weights, v, preferred_element_type=dtype)
+    out = (out.reshape(B, K, T, N // K, H) / total).astype(v.dtype)
+    return out.swapaxes(1, 2).reshape(B, T, N, H)
 
 
 def _fused(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
