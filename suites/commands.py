@@ -272,6 +272,8 @@ def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
     found = dict.fromkeys(plan.data_config(made) for made in settings)
     for config in found:
         corpora.check(config)
+        if config.paths:
+            corpora.find_files(config)
     return list(found)
 
 
@@ -310,7 +312,7 @@ def _sweep(
     ]
     num_stale = sum(item.is_stale for item in planned)
     if not todo:
-        print(f"nothing to run: all {len(planned)} runs are finished.", file=sys.stderr)
+        print(f"nothing to run: all {len(planned)} runs have ended before.", file=sys.stderr)
     if num_stale and not rerun_stale:
         reasons = Counter(item.reason for item in planned if item.is_stale)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

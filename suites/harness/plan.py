@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,17 @@ def costs(run: Run) -> dict[str, Any]:
     cache_bytes is that of the run's own batch and positions where it decodes, else that of one
     sequence of CONTEXT positions.
     """
-    model, work = run.model, run.workload
+    return dict(_costs(run.model, run.workload, run.dtype))
+
+
+@cache
+def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
     positions = work.prompt_len + work.num_new_tokens
     length = work.seq_len or positions
     if work.phase in ("prefill", "decode"):
         cache = {"batch_size": work.batch_size, "capacity": positions}
         memory = cost.inference_memory_bytes(
-            model, prompt_len=work.prompt_len, dtype=run.dtype, **cache
+            model, prompt_len=work.prompt_len, dtype=dtype, **cache
         )
     else:
         cache = {"batch_size": 1, "capacity": CONTEXT}
@@ -205,14 +210,14 @@ def costs(run: Run) -> dict[str, Any]:
             model,
             batch_size=work.batch_size,
             seq_len=length,
-            dtype=run.dtype,
+            dtype=dtype,
             activation_checkpointing=work.activation_checkpointing,
         )
     return {
         "num_params": cost.num_params(model),
         "num_params_non_embedding": cost.num_params_non_embedding(model),
         "train_flops_per_token": cost.train_flops_per_token(model, length),
-        "cache_bytes": cost.cache_bytes(model, dtype=run.dtype, **cache),
+        "cache_bytes": cost.cache_bytes(model, dtype=dtype, **cache),
         "predicted_peak_memory_bytes": memory,
     }
 

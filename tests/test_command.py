@@ -1,0 +1,217 @@
+"""The command as people type it: exit codes, one-line answers, JSON, and how long it takes."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from suites import compose
+from suites.__main__ import _complete, main
+from suites.harness import plan, provenance
+from suites.harness.execute import Task
+from suites.harness.measure import sample
+from suites.harness.record import write
+
+AERIE = Path(sys.executable).with_name("aerie")
+ONE = ("suite=training_speed", "family=hawk", "suite.rounds=1", "suite.seq_lens=[256]")
+PLAN_KEYS = {"run_id", "suite", "family", "size", "backend", "seed", "round", "num_params",
+             "num_params_non_embedding", "train_flops_per_token", "cache_bytes",
+             "predicted_peak_memory_bytes", "reason"}  # fmt: skip
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+    cpu_s: float  # what it would take on a machine that does nothing else
+
+
+def aerie(*arguments):
+    """The command in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [AERIE, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Done(done.returncode, done.stdout, done.stderr, cpu_s)
+
+
+@pytest.fixture
+def here(capsys):
+    """The same command in this process, which is quicker."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        return Done(ended.value.code or 0, *capsys.readouterr(), float("nan"))
+
+    return run
+
+
+def finished(store, *overrides, outcome="completed", copies=1):
+    """Records of what these overrides ask for, as if it had been run; returns the runs."""
+    settings = compose.read(overrides).settings
+    runs = [run for made in settings for run in plan.expand(made)]
+    runs = [replace(run, seed=seed) for seed in range(copies) for run in runs]
+    facts = provenance.machine() | {
+        "device_name": provenance.cpu_model(),
+        "versions": provenance.versions(),
+    }
+    for order, run in enumerate(runs):
+        task = Task(
+            run=run,
+            build=provenance.build_key(run.suite, run.backend, provenance.cpu_model()),
+            attempt=f"20260101T000000-{order}",
+            parent_pid=0,
+            costs=plan.costs(run),
+            block="b",
+            order=order,
+        )
+        times = tuple(sample("step_time_ms", 10 + order % 7, repeat=n) for n in range(5))
+        write(
+            store,
+            task.record(
+                outcome,
+                reason=None if outcome == "completed" else "as tested",
+                phase=None if outcome == "completed" else "measure",
+                provenance=facts,
+                samples=times if outcome == "completed" else (),
+                started_at="2026-01-01T00:00:00+00:00",
+                seconds=1.0,
+            ),
+        )
+    return runs
+
+
+def test_help_is_quick():
+    done = min((aerie("--help") for _ in range(3)), key=lambda done: done.cpu_s)
+    assert done.returncode == 0
+    assert done.cpu_s < 0.3
+    for command in ("run", "plan", "status", "report", "compare", "parity", "doctor", "data"):
+        assert f"  {command} " in done.stdout
+    assert "--install-completion" in done.stdout
+
+
+def test_plan_of_griffin_7b_knows_the_paper():
+    done = aerie("plan", "family=griffin", "size=7b")
+    assert done.returncode == 0
+    assert "6,790,182,912 non-embedding parameters" in done.stdout
+    assert "seq_len 2048" in done.stdout
+    assert "4096 positions, batch 1, bfloat16" in done.stdout
+    (row,) = json.loads(aerie("plan", "family=griffin", "size=7b", "--json").stdout)
+    assert row.keys() >= PLAN_KEYS
+    # 10 rings of 1024 keys and values of 128 channels; 22 states of 5632 channels, 3 inputs each
+    assert row["cache_bytes"] == 10 * 1024 * 2 * 128 * 2 + 22 * 5632 * (4 + 3 * 2)
+    assert row["reason"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["plan", "family=grifin"], "'griffin'"),
+        (["run", "experiment=quickstat"], "'quickstart'"),
+        (["run", *ONE, "suite.seq_len=[8]"], "'suite.seq_lens'"),
+        (["run", *ONE, "data=text"], "data.paths"),
+        (["run", *ONE, "data=text", "data.paths=[no/such/file.txt]"], "file.txt"),
+        (["run"], "experiment=quickstart"),
+        (["rnu"], "'run'"),
+        (["plan", "--jsn"], "--json"),
+        (["report"], "--results"),
+        (["compare", "--by", "famly"], "'family'"),
+        (["parity", "suite=training_speed"], "aerie run"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_2(tmp_path, here, monkeypatch, arguments, hint):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "compare":
+        finished(tmp_path / "results" / "raw", *ONE)
+    done = here(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert hint in done.stderr
+    assert not done.stdout
+    assert arguments[0] == "compare" or not list(tmp_path.rglob("*.json"))
+
+
+def test_a_second_run_starts_nothing_and_says_so(tmp_path):
+    store = tmp_path / "raw"
+    finished(store, "experiment=quickstart")
+    assert aerie("run", "experiment=quickstart", "--results", store).returncode == 0  # the report
+    before = sorted(store.rglob("*"))
+    done = aerie("run", "experiment=quickstart", "--results", store)
+    assert done.returncode == 0
+    assert "nothing to run: all" in done.stderr
+    assert "report.html" in done.stdout
+    assert sorted(store.rglob("*")) == before
+    assert done.cpu_s < 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [("completed", 0), ("unsupported", 0), ("out_of_memory", 1), ("diverged", 1)],
+)
+def test_the_exit_code_is_how_the_runs_ended(tmp_path, here, outcome, code):
+    finished(tmp_path, *ONE, outcome=outcome)
+    done = here("run", *ONE, "--results", tmp_path, "--json")
+    assert done.returncode == code
+    told = json.loads(done.stdout)
+    assert told["outcomes"] == {outcome: 1}
+    assert told["num_started"] == 0
+
+
+def test_a_thousand_runs_are_counted_and_reported_soon(tmp_path):
+    finished(tmp_path, *ONE, "backend=jax,torch", copies=500)
+    for command in ("status", "report"):
+        done = aerie(command, "--results", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.cpu_s < 5, command
+    told = json.loads(aerie("status", "--results", tmp_path, "--json").stdout)
+    row = {"suite": "training_speed", "outcome": "completed", "num_runs": 1000}
+    assert told == {"outcomes": [row], "running": []}
+
+
+def test_stale_runs_are_listed_and_left(tmp_path, here):
+    (run,) = finished(tmp_path, *ONE)
+    path = next(tmp_path.glob("runs/*/*.json"))
+    record = json.loads(path.read_text())
+    record["build"] = "x.y"
+    record["provenance"]["versions"]["numpy"] = "1.0"
+    path.write_text(json.dumps(record))
+    (row,) = json.loads(here("plan", *ONE, "--results", tmp_path, "--json").stdout)
+    assert row["run_id"] == run.run_id
+    assert row["reason"].startswith("stale: numpy 1.0 -> ")
+    done = here("run", *ONE, "--results", tmp_path)
+    assert "--rerun-stale" in done.stderr
+    assert len(list(tmp_path.glob("runs/*/*.json"))) == 1
+
+
+def test_compare_prints_the_pairs(tmp_path, here):
+    finished(tmp_path, *ONE[:1], "family=mqa,hawk", "backend=jax,torch", "suite.rounds=6",
+             "suite.seq_lens=[256]")  # fmt: skip
+    rows = json.loads(here("compare", "--results", tmp_path, "--json").stdout)
+    assert {row["family"] for row in rows} == {"mqa", "hawk"}
+    assert all(row["num_paired_rounds"] == 6 for row in rows)
+    rows = json.loads(here("compare", "--by", "family", "--results", tmp_path, "--json").stdout)
+    assert {row["backend"] for row in rows} == {"jax", "torch"}
+    assert "Hawk" in here("compare", "--by", "family", "--results", tmp_path).stdout
+
+
+def test_doctor_knows_this_machine(tmp_path, here):
+    done = here("doctor", "--json", "--results", tmp_path)
+    found = json.loads(done.stdout)
+    assert found["num_cores"] == len(os.sched_getaffinity(0))
+    assert found["memory_bytes"] > 2**28
+    assert found["versions"]["numpy"]
+    assert done.returncode == (1 if found["missing"] else 0)
+
+
+def test_completion_offers_groups_and_their_choices():
+    assert {"family=", "suite=", "experiment="} <= set(_complete(""))
+    assert "family=griffin" in set(_complete("family="))

@@ -1,0 +1,234 @@
+"""Every run ends as one record: typed outcomes, deaths, interruptions, and going on after them."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stub_suite import stub_path, stub_run
+
+from implementations import engine as engines
+from suites.harness import claims, executors, plan
+from suites.harness.execute import verdict
+from suites.harness.executors import Cluster, Ended
+from suites.harness.record import read_all
+from suites.harness.sweep import sweep
+
+MIB = 2**20
+OUTCOMES = {
+    "done": "completed",
+    "raise": "failed",
+    "unsupported": "unsupported",
+    "diverged": "diverged",
+    "invalid": "invalid_measurement",
+    "compile": "compile_error",
+    "resource_exhausted": "out_of_memory",
+    "abort": "out_of_memory",
+    "segfault": "failed",
+    "kill": "failed",  # by hand: the kernel counts no out-of-memory kill
+}
+# A parent as `aerie run` is one: it plans, sweeps, and says what it did.
+PARENT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from stub_suite import stub_run
+from suites.harness import plan
+from suites.harness.executors import Cluster
+from suites.harness.sweep import sweep
+runs = [stub_run({what!r}, seed=seed) for seed in range({count})]
+planned = plan.plan(Path({store!r}), runs)
+todo = [item for item in planned if item.is_pending]
+result = sweep(Path({store!r}), todo, Cluster(name="here", executor="local"))
+print(json.dumps([len(todo), result.num_started]))
+sys.exit(result.is_interrupted)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """The suite `stub`, known here and in every child."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    stub_path(folder)
+    import suites
+
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(folder)])
+    for backend in ("jax", "torch"):
+        monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")
+    yield tmp_path / "store"
+    sys.modules.pop("suites.stub", None)
+    for cached in (plan.provenance.build_key, plan.provenance._origin):
+        cached.cache_clear()
+
+
+def go(store, runs, *, run_limit_s=30.0, parallelism=1, **options):
+    planned = plan.plan(store, runs)
+    todo = [item for item in planned if item.is_pending]
+    cluster = Cluster(
+        name="here", executor="local", parallelism=parallelism, run_limit_s=run_limit_s
+    )
+    return sweep(store, todo, cluster, **options)
+
+
+def parent(store, what, count):
+    tests = str(Path(__file__).parent)
+    code = PARENT.format(tests=tests, what=what, count=count, store=str(store))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_every_end_is_a_record_with_its_reason(stub):
+    runs = [stub_run(what) for what in OUTCOMES]
+    result = go(stub, runs, parallelism=2)
+    records = {record.run["data"]["name"]: record for record in read_all(stub)}
+    assert {name: record.outcome for name, record in records.items()} == OUTCOMES
+    assert result.outcomes == {run.run_id: OUTCOMES[run.data.name] for run in runs}
+    for name, record in records.items():
+        assert (record.reason is None) == (record.phase is None) == (name == "done"), name
+    assert records["compile"].phase == "compile"
+    assert [s.metric for s in records["raise"].samples] == ["init_time_s", "step_time_ms"]
+    folder = stub / "runs" / records["raise"].run_id
+    assert "a bug" in next(folder.glob("*.traceback.txt")).read_text()
+    assert not list(stub.glob("runs/*/.t*"))
+    assert not list((stub / "claims").glob("[!.]*"))
+
+
+def test_a_record_says_where_it_ran_and_what_it_must_cost(stub):
+    go(stub, [stub_run()])
+    (record,) = read_all(stub)
+    wanted = {"host", "device_name", "device_kind", "cpu_model", "num_cores", "memory_bytes",
+              "python", "platform", "versions", "git_commit", "resolved_kernels", "num_threads",
+              "data_digest", "init_digest", "load_average"}  # fmt: skip
+    assert wanted <= set(record.provenance)
+    assert set(record.costs) == {"num_params", "num_params_non_embedding", "train_flops_per_token",
+                                 "cache_bytes", "predicted_peak_memory_bytes"}  # fmt: skip
+    assert record.block
+    assert record.order == 0
+
+
+def test_a_child_out_of_address_space_does_not_stop_the_sweep(stub, monkeypatch):
+    real = executors.subprocess.Popen
+
+    def limited(command, **options):
+        preexec = lambda: resource.setrlimit(resource.RLIMIT_AS, (800 * MIB, 800 * MIB))  # noqa: E731
+        return real(command, preexec_fn=preexec, **options)
+
+    monkeypatch.setattr(executors.subprocess, "Popen", limited)
+    result = go(stub, [stub_run("memory"), stub_run("done")])
+    assert sorted(result.outcomes.values()) == ["completed", "out_of_memory"]
+
+
+def test_a_larger_point_than_one_out_of_memory_is_predicted(stub):
+    small, same, large = (stub_run("resource_exhausted", seq_len=n) for n in (8, 4, 16))
+    result = go(stub, [small, large, same])
+    assert result.outcomes[large.run_id] == "out_of_memory_predicted"
+    assert result.outcomes[same.run_id] == "out_of_memory"
+    assert result.num_started == 2
+    todo = [p for p in plan.plan(stub, [large]) if not p.is_pending]
+    cluster = Cluster(name="here", executor="local")
+    tried = sweep(stub, todo, cluster, verify_frontier=True, proven=[small])
+    assert tried.outcomes[large.run_id] == "out_of_memory"
+
+
+def test_a_run_past_its_limit_is_timed_out_and_runs_again(stub):
+    result = go(stub, [stub_run("hang")], run_limit_s=1.0)
+    assert list(result.outcomes.values()) == ["timed_out"]
+    (planned,) = plan.plan(stub, [stub_run("hang")])
+    assert (planned.reason, planned.is_pending) == ("failed: timed_out", True)
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0])
+def test_kill_9_of_the_parent_loses_and_doubles_nothing(stub, delay):
+    first = parent(stub, "sleep", 3)
+    time.sleep(delay)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = parent(stub, "sleep", 3)
+    told = json.loads(second.communicate(timeout=60)[0])
+    assert second.returncode == 0
+    records = list(read_all(stub))
+    assert len(records) == len({record.run_id for record in records}) == 3
+    assert {record.outcome for record in records} == {"completed"}
+    assert told[0] == told[1] <= 3
+    third = parent(stub, "sleep", 3)
+    assert json.loads(third.communicate(timeout=60)[0]) == [0, 0]
+
+
+def test_a_killed_child_fails_and_runs_again_and_orphans_die(stub):
+    first = parent(stub, "hang", 2)
+    child = _child_of(first.pid)
+    os.kill(child, signal.SIGKILL)
+    second = _child_of(first.pid, other_than=child)
+    (record,) = read_all(stub)
+    assert record.outcome == "failed"
+    assert "SIGKILL" in record.reason
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    deadline = time.time() + 5
+    while claims.started(second) and time.time() < deadline:
+        time.sleep(0.02)
+    assert claims.started(second) is None
+
+
+def test_an_interrupted_sweep_cancels_what_runs_and_leaves_the_rest(stub):
+    first = parent(stub, "hang", 3)
+    _child_of(first.pid)
+    first.send_signal(signal.SIGINT)
+    assert json.loads(first.communicate(timeout=30)[0]) == [3, 1]
+    assert first.returncode == 1
+    (record,) = read_all(stub)
+    assert record.outcome == "cancelled"
+    assert not list((stub / "claims").glob("[!.]*"))
+
+
+def test_two_sweeps_at_once_measure_each_run_once(stub):
+    both = [parent(stub, "sleep", 3) for _ in range(2)]
+    told = [json.loads(p.communicate(timeout=60)[0]) for p in both]
+    records = list(read_all(stub))
+    assert len(records) == len({record.run_id for record in records}) == 3
+    assert sum(started for _, started in told) == 3
+
+
+def test_a_claim_is_exclusive_and_outlives_no_owner(tmp_path):
+    assert claims.claim(tmp_path, "a")
+    assert not claims.claim(tmp_path, "a")
+    place = tmp_path / "claims" / "a" / "owner.json"
+    dead = json.loads(place.read_text()) | {"started": "another boot 1"}
+    place.write_text(json.dumps(dead))
+    assert claims.claim(tmp_path, "a")
+    claims.release(tmp_path, "a")
+    assert claims.claim(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    ("ended", "log", "outcome"),
+    [
+        (Ended(-9, num_out_of_memory_kills=1), "", "out_of_memory"),
+        (Ended(-9, num_out_of_memory_kills=0), "", "failed"),
+        (Ended(-9, peak_rss_bytes=2**60, num_out_of_memory_kills=None), "", "out_of_memory"),
+        (Ended(-6), "LLVM ERROR: out of memory", "out_of_memory"),
+        (Ended(1), "ImportError: x.so: failed to map segment from shared object", "out_of_memory"),
+        (Ended(-11), "Fatal Python error", "failed"),
+        (Ended(1), "", "failed"),
+    ],
+)
+def test_a_death_without_a_record_is_judged_by_what_was_seen(ended, log, outcome):
+    assert verdict(ended, log)[0] == outcome
+
+
+def _child_of(pid: int, other_than: int = 0) -> int:
+    """The measuring process of a parent, once it has begun."""
+    deadline = time.time() + 20
+    while time.time() < deadline:
+        for path in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            command = Path(f"/proc/{path}/cmdline")
+            if int(path) != other_than and command.exists() and b"child" in command.read_bytes():
+                return int(path)
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} has started no child")
