@@ -123,15 +123,14 @@ class Engine:
 
         names = [spec.name for spec in parameters.param_specs(self.config)]
         self.load_parameters({name: state[name] for name in names if name in state})
-        self._optimizer_state = jax.device_put(
-            optax.tree.set(
-                self._optimizer_state,
-                count=jnp.asarray(state["step"], jnp.int32),
-                mu=part("first_moment."),
-                nu=part("second_moment."),
-            ),
-            self.device,
+        loaded = optax.tree.set(
+            self._optimizer_state,
+            count=jnp.asarray(state["step"], jnp.int32),
+            mu=part("first_moment."),
+            nu=part("second_moment."),
         )
+        # The count stands in two places of the state: donated, each needs a buffer of its own.
+        self._optimizer_state = jax.device_put(jax.tree.map(jnp.array, loaded), self.device)
 
     def prefill(
         self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None
