@@ -11,17 +11,27 @@ from torch import Tensor, nn
 from implementations.config import ModelConfig
 from implementations.engine import IGNORED
 
+# MKL computes a product with so few rows (decoding) on one thread; its transpose it shares.
+# Measured on 2 cores, 4 x 256 by 256 x 768: 82 and 34 us.
+MAX_FEW_ROWS = 8
+
 
 class Linear(nn.Module):
-    """x @ weight + bias."""
+    """x @ weight + bias. The weight [in, out] lies in memory as F.linear wants it: out by in."""
 
     def __init__(self, d_in: int, d_out: int, has_bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_in, d_out))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in).t())
         self.bias = nn.Parameter(torch.empty(d_out)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, cast(self.weight, x).t(), cast(self.bias, x))
+        weight, bias = cast(self.weight, x), cast(self.bias, x)
+        num_rows = x.numel() // x.shape[-1]
+        if x.is_cpu and 1 < num_rows <= MAX_FEW_ROWS:
+            columns = weight.t() @ x.reshape(num_rows, -1).t()
+            y = columns.t().contiguous() if bias is None else columns.t() + bias
+            return y.contiguous().view(*x.shape[:-1], -1)
+        return F.linear(x, weight.t(), bias)
 
 
 class RMSNorm(nn.Module):
@@ -33,8 +43,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = 1 + exact(cast(self.scale, x))
-        return F.rms_norm(exact(x), self.scale.shape, scale, self.eps).to(x.dtype)
+        wide = exact(x)
+        rms_inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
+        return (wide * rms_inverse * (1 + exact(cast(self.scale, x)))).to(x.dtype)
 
 
 class CausalConv(nn.Module):
@@ -58,6 +69,10 @@ class CausalConv(nn.Module):
         if conv_BWR is None:
             conv_BWR = x_BTR.new_zeros(B, past, R)
         inputs_BSR = torch.cat([conv_BWR, x_BTR], 1)
+        if T == 1:  # the state holds no input from before the document
+            out_BTR = (inputs_BSR * weight_WR).sum(1, keepdim=True)
+            out_BTR = out_BTR if self.bias is None else out_BTR + cast(self.bias, x_BTR)
+            return out_BTR, inputs_BSR[:, 1:]
         taps = weight_WR.unbind(0)
         out_BTR = x_BTR * taps[past]
         if self.bias is not None:

@@ -85,7 +85,7 @@ class RGLRU(nn.Module):
 
 def bounded_sqrt(u: Tensor) -> Tensor:
     """sqrt(u), its derivative held to at most MAX_SQRT_GRADIENT."""
-    return _BoundedSqrt.apply(u)
+    return _BoundedSqrt.apply(u) if u.requires_grad else torch.sqrt(u)
 
 
 class _BoundedSqrt(torch.autograd.Function):
