@@ -17,7 +17,7 @@ from suites.harness.record import METRICS
 HEADLINES = {
     "training_speed": ("step_time_ms", "tokens_per_s", "mfu", "peak_memory_bytes",
                        "compile_time_s"),
-    "prefill_latency": ("ttft_ms", "peak_memory_bytes", "compile_time_s"),
+    "prefill_latency": ("ttft_ms", "mfu", "peak_memory_bytes", "compile_time_s"),
     "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
     "decode_throughput": ("tokens_per_s", "max_batch_size"),
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
@@ -33,7 +33,7 @@ PLANNED_ENDS = ("completed", "unsupported", "out_of_memory_predicted")
 BASELINE = {"backend": "torch", "family": "mqa"}
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
-              "device_kind", "build"]  # fmt: skip
+              "device_kind", "engine_build"]  # fmt: skip
 GREEN, RED, MISSING = "green", "red", "none"
 PARITY_ORDER = (GREEN, MISSING, RED)
 UNVERIFIED = "UNVERIFIED"
@@ -110,23 +110,33 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = processes(frame)
     settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
                 "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "data",
-                "unit", "across_backends", "across_families", "num_params",
+                "unit", "field", "across_backends", "across_families", "num_params",
                 "num_params_non_embedding"]  # fmt: skip
-    groups = rows.groupby(["cell_id", "metric", "at"], dropna=False, sort=False)
+    key = ["cell_id", "metric", "at"]
+    least = rows.groupby(key, dropna=False, sort=False)["value"].transform("min")
+    rows = rows.assign(scaled=np.log(rows["value"].where(least > 0)).fillna(rows["value"]))
+    groups = rows.groupby(key, dropna=False, sort=False)
     made = groups[settings].first()
     made["value"] = groups["value"].median()
     made["num_processes"] = groups["value"].size()
-    for name, column in (("num_rounds", "round"), ("num_seeds", "seed"), ("num_builds", "build")):
+    for name, column in (
+        ("num_rounds", "round"),
+        ("num_seeds", "seed"),
+        ("num_builds", "engine_build"),
+    ):
         made[name] = groups[column].nunique()
     made["num_outliers"] = groups["num_outliers"].sum()
     # Of several processes the least verified one speaks for the cell, and one stale is stale.
     made["parity"] = groups["parity"].agg(lambda marks: max(marks, key=PARITY_ORDER.index))
     made["is_current"] = groups["is_current"].min()
-    mean, deviation = groups["value"].mean(), groups["value"].std(ddof=1)
-    n = made["num_processes"].to_numpy(dtype=int)
-    half = statistics.student_half_width(np.maximum(n, 2), deviation.to_numpy())
-    half = np.where(n > 1, half, np.nan)
-    made["low"], made["high"] = mean.to_numpy() - half, mean.to_numpy() + half
+    # statistics.median_interval of fewer than 20 processes, of all groups at once
+    n, is_log = made["num_processes"].to_numpy(dtype=int), (groups["value"].min() > 0).to_numpy()
+    mean, deviation = groups["scaled"].mean().to_numpy(), groups["scaled"].std(ddof=1).to_numpy()
+    half = statistics.student_half_width(np.maximum(n, 2), deviation)
+    for name, end in (("low", mean - half), ("high", mean + half)):
+        made[name] = np.where(
+            n > 1, np.where(is_log, np.exp(np.where(is_log, end, 0)), end), np.nan
+        )
     made = made.reset_index()
     is_many = (n >= statistics.BOOTSTRAP_ROUNDS) & ~made["metric"].isin(CURVES).to_numpy()
     numbers, values = groups.ngroup().to_numpy(), rows["value"].to_numpy()
@@ -180,7 +190,7 @@ def parity(frame: pd.DataFrame) -> pd.DataFrame:
     # Several checks of one key (seeds, workloads): one red makes it red.
     status = status.sort_values(["status", "worst"], ascending=[False, False], kind="stable")
     checks = status.groupby(PARITY_KEY, dropna=False, sort=False)["num_checks"].transform("sum")
-    return status.assign(num_checks=checks).drop_duplicates(PARITY_KEY)
+    status = status.assign(num_checks=checks).drop_duplicates(PARITY_KEY)
     order = ["family_order", "backend", "dtype"]
     return (
         status.sort_values(order, kind="stable").drop(columns="family_order").reset_index(drop=True)
@@ -390,8 +400,12 @@ def outcomes(frame: pd.DataFrame) -> pd.DataFrame:
     made["num_completed"] = (rows["outcome"] == "completed").groupby(rows["cell_id"]).sum()
     status: dict[str, list[str]] = {}
     for (cell, outcome), count in rows.groupby(["cell_id", "outcome"], sort=False).size().items():
-        status.setdefault(cell, []).append(outcome if count == 1 else f"{count} {outcome}")
-    made["status"] = [", ".join(status[cell]) for cell in made.index]
+        status.setdefault(cell, []).append(f"{count} {outcome}")
+    # one run, or rounds that all ended alike: the outcome alone
+    made["status"] = [
+        ", ".join(ends) if len(ends := status[cell]) > 1 else ends[0].split(" ")[1]
+        for cell in made.index
+    ]
     # Where rounds ended differently, one that did not complete names the outcome.
     ended = rows.sort_values("outcome", key=lambda c: c == "completed", kind="stable")
     made["outcome"] = ended.groupby("cell_id")["outcome"].first()
@@ -428,7 +442,7 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     made = []
     cells = summary(frame)
     for row in cells[cells["metric"] == "max_batch_size"].to_dict("records"):
-        made.append(_frontier_row(row, "largest batch", row["value"], None))
+        made.append(_frontier_row(row, "largest batch", row["value"], None) | {"why": row["field"]})
     ends = outcomes(frame)
     ends["length"] = ends["seq_len"].astype("float64").fillna(ends["prompt_len"].astype("float64"))
     key = ["suite", "family", "size", "backend", "dtype", "device_kind"]
@@ -439,7 +453,7 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
             first = group.loc[is_out, "length"].min()
             longest = done.max() if len(done) else None
             made.append(_frontier_row(group.iloc[0].to_dict(), "longest context", longest, first))
-    columns = [*key, "prompt_len", "frontier", "reached", "out_of_memory_at"]
+    columns = [*key, "prompt_len", "frontier", "reached", "out_of_memory_at", "why"]
     return pd.DataFrame(made, columns=columns)
 
 
@@ -449,7 +463,18 @@ def _frontier_row(row: dict, name: str, reached: Any, failed_at: Any) -> dict[st
         "frontier": name,
         "reached": reached,
         "out_of_memory_at": failed_at,
+        "why": None,
     }
+
+
+def peaks(frame: pd.DataFrame) -> pd.DataFrame:
+    """The peaks that MFU and MBU are shares of: by device, backend and dtype, with their name (a
+    data sheet's device, or "measured"), the median over runs and the range."""
+    names = ["peak_flops_per_s", "peak_bytes_per_s"]
+    rows = frame[frame["metric"].isin(names) & frame["is_counted"].fillna(False).astype(bool)]
+    key = ["device_name", "backend", "dtype", "metric", "unit", "field"]
+    found = rows.groupby(key, dropna=False, sort=True)["value"]
+    return found.agg(["median", "min", "max", "size"]).reset_index()
 
 
 @dataclass(frozen=True)
@@ -473,7 +498,7 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     """What the runs compared had in common: per family across backends, per backend across
     families. Runs of one seed and round are held against each other."""
     rows = runs(frame)
-    rows = rows[rows["suite"] != "parity"].copy()
+    rows = rows[(rows["suite"] != "parity") & (rows["outcome"] == "completed")].copy()
     work = [rows[name].astype("float64").fillna(0) for name in
             ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")]  # fmt: skip
     batch, seq, prompt, new, steps = work

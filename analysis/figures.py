@@ -79,19 +79,20 @@ def learning_curves(frame: pd.DataFrame) -> Figure | None:
 
 
 def loss_by_position(frame: pd.DataFrame) -> Figure | None:
-    """Held-out loss by position in the sequence, averaged over 24 log-spaced bins."""
+    """Held-out loss by position in the document; where there are many, in 24 log-spaced bins."""
     rows = _summary(frame, "language_modeling", "loss_by_position", at=True)
     if rows.empty:
         return None
     rows["at"] = rows["at"] + 1  # positions count from 0; a log axis from 1
-    edges = np.unique(np.geomspace(1, rows["at"].max() + 1, 25).round())
-    rows["bin"] = np.digitize(rows["at"], edges)
-    kept = [*PANEL, "family", "backend", "cell_id", "parity", "variant", "batch_size"]
-    rows = rows.groupby([*kept, "bin"], sort=False, as_index=False).agg(
-        at=("at", "mean"), value=("value", "mean"), low=("low", "mean"), high=("high", "mean"),
-    )  # fmt: skip
+    if rows["at"].nunique() > 32:
+        edges = np.unique(np.geomspace(1, rows["at"].max() + 1, 25).round())
+        rows["bin"] = np.digitize(rows["at"], edges)
+        kept = [*PANEL, *LINE, "cell_id", "parity", "batch_size", "bin"]
+        rows = rows.groupby(kept, sort=False, as_index=False).agg(
+            at=("at", "mean"), value=("value", "mean"), low=("low", "mean"), high=("high", "mean"),
+        )  # fmt: skip
     label = METRICS["loss_by_position"].label
-    return _lines(rows, "at", "Position in the sequence, from 1", label, is_curve=True)
+    return _lines(rows, "at", "Position in the document, from 1", label, is_curve=True)
 
 
 def parity_error(frame: pd.DataFrame) -> Figure | None:
@@ -100,10 +101,9 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
     errors = errors[errors["size"] == derive.PARITY_SIZE] if len(errors) else errors
     if errors.empty:
         return None
-    parts = errors["field"].str.split("/")
+    names = zip(errors["dtype"], errors["field"], strict=True)
     errors["kind"] = [
-        "/".join(part[:2]) if part[0] in derive.DTYPES and len(part) > 1 else part[0]
-        for part in parts
+        f"{dtype}/{field.removeprefix(f'{dtype}/').split('/')[0]}" for dtype, field in names
     ]
     errors = errors.sort_values("share", kind="stable")
     key = ["kind", "family", "backend"]
@@ -233,6 +233,8 @@ def _lines(
             axes.set_title(", ".join(str(key[i]) for i in varied))
         if rows["value"].max() >= 10_000:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if not is_curve:
+        _keep_in_sight(grid[0], rows, from_zero)
     grid[0].set_ylabel(y_label)
     _legend(figure, grid[0])
     notes = []
@@ -264,6 +266,17 @@ def _draw(
         reach = np.abs(np.stack([value - low, high - value]))[:, is_known]
         axes.errorbar(places[is_known], value[is_known], yerr=reach, fmt="none", capsize=3,
                       ecolor=look["color"], elinewidth=1.2)  # fmt: skip
+
+
+def _keep_in_sight(axes: Axes, rows: pd.DataFrame, from_zero: bool) -> None:
+    """Values fill the axis; of an interval many times wider than their spread the ends run off."""
+    low, high = float(rows["value"].min()), float(rows["value"].max())
+    reach = max(high - low, 0.2 * abs(high))
+    bottom, top = axes.get_ylim()
+    bottom = 0 if from_zero else max(bottom, low - reach)
+    if (rows[["low", "value"]].min(axis=None) >= 0) and bottom < 0:
+        bottom = 0
+    axes.set_ylim(bottom, min(top, high + reach))
 
 
 def _mark_lost(axes: Axes, lost: pd.DataFrame, key: tuple, x: str) -> None:

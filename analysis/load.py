@@ -29,9 +29,10 @@ SIZE_FIELDS = ("size", "d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "
 
 RECORD_COLUMNS = {
     # which run
-    "run_id": "str", "cell_id": "str", "build": "str", "attempt": "str", "block": "str",
-    "order": "int", "outcome": "str", "reason": "str", "phase": "str", "is_counted": "bool",
-    "is_current": "bool", "started_at": "str", "seconds": "float",
+    "run_id": "str", "cell_id": "str", "build": "str", "engine_build": "str",
+    "attempt": "str", "block": "str", "order": "int", "outcome": "str", "reason": "str",
+    "phase": "str", "is_counted": "bool", "is_current": "bool",
+    "started_at": "str", "seconds": "float",
     # what was asked
     "suite": "str", "family": "str", "size": "str", "backend": "str", "dtype": "str",
     "device_kind": "str", "seed": "int", "round": "int", "data": "str", "window_size": "int",
@@ -135,6 +136,8 @@ def _row(record: Record) -> dict[str, Any]:
         | found
         | cost
         | {
+            # a build is "engine.question"; parity speaks for the engine alone
+            "engine_build": record.build.partition(".")[0],
             "family": model["family"],
             "size": model["size"],
             "window_size": model.get("window_size"),
@@ -183,7 +186,7 @@ def _words(values: dict[str, Any] | None) -> str | None:
     return ", ".join(f"{k}={v}" for k, v in values.items() if v is not None) if values else None
 
 
-def _typed(columns: dict[str, list]) -> pd.DataFrame:
+def _typed(columns: dict[str, list] | dict[str, pd.Series]) -> pd.DataFrame:
     kinds = {"int": "Int64", "float": "float64", "bool": "boolean"}
     made = {}
     for name, values in columns.items():
@@ -216,7 +219,9 @@ def _read_index(path: Path, fingerprint: str) -> pd.DataFrame | None:
     if (parquet.read_schema(path).metadata or {}).get(b"aerie") != fingerprint.encode():
         return None
     frame = parquet.read_table(path).to_pandas()
-    return _typed({name: frame[name].astype(object) for name in COLUMNS})
+    # what is missing is None again, as in a frame of records
+    objects = {name: frame[name].astype(object) for name in COLUMNS}
+    return _typed({name: values.where(values.notna(), None) for name, values in objects.items()})
 
 
 def _write_index(frame: pd.DataFrame, path: Path, fingerprint: str) -> None:

@@ -57,6 +57,7 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
         "failures": tables.failures(frame),
         "frontier": tables.frontier(frame),
         "machines": tables.machines(frame),
+        "peaks": tables.peaks(frame),
     }
     for table in [*beside, *rest.values()]:
         table.write_csv(out / "tables")

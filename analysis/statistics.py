@@ -93,10 +93,14 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
 
 
 def median_interval(values: Sequence[float]) -> Interval | None:
-    """Interval of one variant's typical value over its processes; None below two. From 20 it is
+    """Interval of one variant's typical value over its processes; None below two. Below 20 it is
+    Student's, of the logarithms where values are positive, so that no time is negative; from 20
     that of the median by order statistics: exact, whatever the distribution."""
     values = np.sort(np.asarray(values, dtype=float))
     if len(values) < BOOTSTRAP_ROUNDS:
+        if len(values) > 1 and values[0] > 0:
+            low, high = student_interval(np.log(values))
+            return math.exp(low), math.exp(high)
         return student_interval(values)
     # the largest number of values that may be left out below and above: P(X < skipped) <= 2.5%
     skipped = max(0, math.floor(bdtrik((1 - LEVEL) / 2, len(values), 0.5)))

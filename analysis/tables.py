@@ -110,7 +110,7 @@ def parity(frame: pd.DataFrame) -> Table:
         rows.append(
             [
                 *(_text(row[name]) for name in names),
-                _text(row["build"])[:8],
+                _text(row["engine_build"])[:8],
                 verdict,
                 f"{row['num_checks']:,}",
                 worst,
@@ -164,8 +164,8 @@ def failures(frame: pd.DataFrame) -> Table:
 def frontier(frame: pd.DataFrame) -> Table:
     edge = derive.frontier(frame)
     header = ["suite", "family", "size", "backend", "dtype", "prompt_len", "frontier", "reached",
-              "out of memory at"]  # fmt: skip
-    names = [*header[:8], "out_of_memory_at"]
+              "out of memory at", "why"]  # fmt: skip
+    names = [*header[:8], "out_of_memory_at", "why"]
     rows = [[_text(row[name], "{:,.0f}") for name in names] for row in edge.to_dict("records")]
     return Table("frontier", "Frontier", header, rows, edge)
 
@@ -173,7 +173,8 @@ def frontier(frame: pd.DataFrame) -> Table:
 def machines(frame: pd.DataFrame) -> Table:
     """One row for each node, device, build and set of versions that counted runs came from."""
     names = ["node", "device_kind", "device_name", "cpu_model", "num_cores", "num_threads",
-             "memory_bytes", "platform", "python", "versions", "git_commit", "build"]  # fmt: skip
+             "memory_bytes", "platform", "python", "versions", "git_commit",
+             "engine_build"]  # fmt: skip
     rows = derive.runs(frame)
     key = ["backend", *names]
     counts = rows.groupby(key, dropna=False, sort=False).size().reset_index(name="num_runs")
@@ -181,10 +182,29 @@ def machines(frame: pd.DataFrame) -> Table:
     for row in counts.to_dict("records"):
         memory = row["memory_bytes"]
         row["memory_bytes"] = NONE if pd.isna(memory) else f"{memory / 2**30:.1f} GiB"
-        row["git_commit"], row["build"] = _text(row["git_commit"])[:12], _text(row["build"])[:12]
+        commit, plus, dirty = _text(row["git_commit"]).partition("+")
+        row["git_commit"] = commit[:12] + plus + dirty
         texts.append([_text(row[name]) for name in [*key, "num_runs"]])
     header = [name.replace("memory_bytes", "memory") for name in [*key, "num_runs"]]
     return Table("machines", "Machine and versions", header, texts, counts)
+
+
+def peaks(frame: pd.DataFrame) -> Table:
+    found = derive.peaks(frame)
+    header = ["device", "backend", "dtype", "peak", "according to", "median", "range", "runs"]
+    rows = [
+        [
+            *(_text(row[name]) for name in ("device_name", "backend", "dtype")),
+            _metric_name(row["metric"]),
+            _text(row["field"]),
+            f"{row['median']:.3g}",
+            f"{row['min']:.3g} to {row['max']:.3g}",
+            f"{row['size']:,}",
+        ]
+        for row in found.to_dict("records")
+    ]
+    note = "MFU and MBU are shares of the peak that the same run found or was told."
+    return Table("peaks", "Peaks", header, rows, found, note)
 
 
 def number(value: Any, metric: str | None = None) -> str:
@@ -256,7 +276,7 @@ def _side(row: dict[str, Any], side: str) -> str:
     low, high = row[f"low_{side}"], row[f"high_{side}"]
     if low is not None and not pd.isna(low) and high > low:
         text += f" [{number(low, metric)}, {number(high, metric)}]"
-    if has_status and status.strip("0123456789 ") != "completed":
+    if has_status and status != "completed":
         text += f" ({status})"
     current = row[f"is_current_{side}"]
     if current is not None and not pd.isna(current) and not current:
@@ -274,11 +294,15 @@ def _ratio(row: dict[str, Any]) -> str:
         return NONE if missing else f"{difference:+.4f} {row['unit']}"
     if row["speedup"] is None or pd.isna(row["speedup"]):
         return NONE
-    text = f"{row['speedup']:.2f}x"
+    text = f"{_times(row['speedup'])}x"
     low = row["speedup_low"]
     if low is not None and not pd.isna(low) and row["speedup_high"] > low:
-        text += f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+        text += f" [{_times(low)}, {_times(row['speedup_high'])}]"
     return text
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if 0.1 <= ratio < 1000 else f"{ratio:.2g}"
 
 
 def _rounds(row: dict[str, Any]) -> str:

@@ -162,6 +162,12 @@ def test_a_speed_is_verified_by_parity_of_its_own_key_alone(different):
     assert marks_of(tables.side_by_side(frame)) == {"UNVERIFIED" if different else "green"}
 
 
+def test_another_question_of_the_same_engine_is_verified_too():
+    frame = frame_of([parity("griffin", "jax", build="engine.parity"),
+                      training("griffin", "jax", 0, build="engine.training")])  # fmt: skip
+    assert set(derive.summary(frame)["parity"]) == {"green"}
+
+
 def test_size_alone_does_not_lose_the_parity_of_tiny():
     big = training("griffin", "jax", 0, model={"size": "1b", "d_model": 2048, "num_heads": 16})
     assert set(derive.summary(frame_of([parity("griffin", "jax"), big]))["parity"]) == {"green"}

@@ -98,6 +98,21 @@ def test_outliers_are_flagged_and_kept():
     assert cell["value"] == pytest.approx(10.025)
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 19, 20, 31])
+def test_summaries_of_all_cells_at_once_have_the_interval_of_each(n, shift):
+    values = np.random.default_rng(n).lognormal(size=n) + shift  # -2: some are negative
+    records = [record(round=r, samples=(sample("mfu", v),)) for r, v in enumerate(values)]
+    cell = derive.summary(frame_of(records)).iloc[0]
+    assert cell["value"] == pytest.approx(np.median(values))
+    want = statistics.median_interval(values) or (np.nan, np.nan)
+    assert (cell["low"], cell["high"]) == pytest.approx(want, nan_ok=True)
+
+
+def test_no_interval_of_positive_values_reaches_zero():
+    assert statistics.median_interval([1.0, 9.0])[0] > 0
+
+
 def timed(backend: str, value: float, round: int, **rest):
     repeats = (value, value, value * 4)  # the median is value, the mean is twice it
     samples = tuple(sample("step_time_ms", v, repeat=i) for i, v in enumerate(repeats))
