@@ -7,6 +7,10 @@ Two phases, float32: `train`, forward and backward without optimizer on 4 x 1024
 three contestants run in turn (A B C C B A ...), so that drift of the machine meets all alike. Each
 process also writes its logits, and a ratio is printed only beside the error between them.
 
+Both of our backends are compiled programs (JAX always, PyTorch by kernels.compile=true), compiled
+in the discarded first call. The peer runs as `generate` and its forward pass come: its loop over
+time, in Python, is too long to compile.
+
 Needs the extra `peers`.
 """
 
@@ -123,7 +127,7 @@ def measure(contestant: str, out: Path) -> None:
 
 
 def measure_ours(backend: str, batch: Batch, prompt_BT: np.ndarray) -> tuple:
-    engine = load_engine(backend)(MODEL, kernels=Kernels(), seed=0)
+    engine = load_engine(backend)(MODEL, kernels=Kernels(compile=True), seed=0)
 
     def prefill() -> tuple:
         token_B, cache = engine.prefill(prompt_BT, capacity=PROMPT_LEN + NUM_NEW_TOKENS)

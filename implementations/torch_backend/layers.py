@@ -72,7 +72,7 @@ class CausalConv(nn.Module):
         if T == 1:  # the state holds no input from before the document
             out_BTR = (inputs_BSR * weight_WR).sum(1, keepdim=True)
             out_BTR = out_BTR if self.bias is None else out_BTR + cast(self.bias, x_BTR)
-            return out_BTR, inputs_BSR[:, 1:]
+            return out_BTR, inputs_BSR[:, 1:].clone()
         taps = weight_WR.unbind(0)
         out_BTR = x_BTR * taps[past]
         if self.bias is not None:
@@ -81,7 +81,7 @@ class CausalConv(nn.Module):
             seen_BT1 = (position_BT >= offset)[:, :, None]
             shifted_BTR = inputs_BSR[:, past - offset : past - offset + T]
             out_BTR = torch.addcmul(out_BTR, shifted_BTR * seen_BT1, taps[past - offset])
-        return out_BTR, inputs_BSR[:, T:]
+        return out_BTR, inputs_BSR[:, T:].clone()
 
 
 class BlockDiagonal(nn.Module):

@@ -16,7 +16,7 @@ from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import Kernels, OptimizerConfig, check_dtype
 from suites.harness import provenance
-from suites.harness.run import DataConfig, Run, Workload
+from suites.harness.run import DataConfig, Run, Suite, Workload
 
 # Ends that are results: such a run is not run again while its build is current.
 FINISHED = ("completed", "unsupported", "out_of_memory", "out_of_memory_predicted", "diverged")
@@ -106,7 +106,7 @@ def data_config(settings: dict[str, Any]) -> DataConfig:
     return build(DataConfig, settings["data"], "data")
 
 
-def load_suite(name: str) -> type:
+def load_suite(name: str) -> type[Suite]:
     return import_module(f"suites.{name}").Suite
 
 

@@ -4,11 +4,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from implementations.config import ModelConfig, build, choose
-from implementations.engine import Engine, Kernels, OptimizerConfig
-from suites.harness.record import Sample
+from implementations.engine import Kernels, OptimizerConfig
 
 PHASES = ("train", "prefill", "decode", "evaluate")
 
@@ -78,15 +77,6 @@ class Run:
         values = self.to_json()
         return _digest({k: v for k, v in values.items() if k not in ("seed", "round")})
 
-    @property
-    def title(self) -> str:
-        work = self.workload
-        size = f"seq_len {work.seq_len}" if work.seq_len else f"prompt_len {work.prompt_len}"
-        return (
-            f"{self.suite} {self.model.family}_{self.model.size} {self.backend} {self.dtype} "
-            f"batch {work.batch_size} {size}"
-        )
-
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 
@@ -104,17 +94,17 @@ class Run:
 
 
 class Suite(Protocol):
-    """A question: it lists its runs without touching a device."""
+    """A question: it lists its work without touching a device. Beside it in the suite's module,
+    `measure(run, engine)` yields samples as they come."""
 
-    name: str
+    rounds: int  # times that each cell is measured, each in a process of its own
+    seeds: tuple[int, ...]
+    is_timing: ClassVar[bool]  # its runs are interleaved, and compared as ratios
 
-    def runs(self) -> Iterator[Run]: ...
+    def workloads(self) -> Iterator[Workload]: ...
 
-
-class Measure(Protocol):
-    """The other half of a suite's module: `measure(run, engine)` yields samples as they come."""
-
-    def __call__(self, run: Run, engine: Engine) -> Iterator[Sample]: ...
+    def optimizer(self, base: OptimizerConfig, workload: Workload) -> OptimizerConfig:
+        """The optimizer settings of one workload: the user's, with the suite's own schedule."""
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -58,39 +58,67 @@ def _associative(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, T
         x_BTR = torch.cat([x_BTR[:, :span], tail_BTR], 1)
         a_BTR = torch.cat([a_BTR[:, :span], a_BTR[:, span:] * a_BTR[:, :-span]], 1)
         span *= 2
-    return x_BTR, x_BTR[:, -1]
+    return x_BTR, x_BTR[:, -1].clone()
 
 
 def _analytic(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """A loop over contiguous rows, in place, and one reverse loop for the gradient."""
-    return _LinearScan.apply(a_BTR, x_BTR, h0_BR)
+    """A loop over contiguous rows, in place, and one reverse loop for the gradient: two custom
+    ops, of which torch.compile sees the shapes and not the thousands of steps."""
+    h_BTR = _analytic_forward(a_BTR, x_BTR, h0_BR)
+    return h_BTR, h_BTR[:, -1].clone()  # a view would keep every state alive
 
 
-class _LinearScan(torch.autograd.Function):
-    """dx_t = dh_t + a_{t+1} dx_{t+1};  da_t = dx_t h_{t-1};  dh0 = a_0 dx_0. Time comes first."""
+@torch.library.custom_op("aerie::linear_scan", mutates_args=())
+def _analytic_forward(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> Tensor:
+    a_TBR = a_BTR.transpose(0, 1).contiguous()
+    h_TBR = x_BTR.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    h_BR = h0_BR
+    for a_BR, x_BR in zip(a_TBR.unbind(0), h_TBR.unbind(0), strict=True):
+        h_BR = x_BR.addcmul_(a_BR, h_BR)
+    return h_TBR.transpose(0, 1)
 
-    @staticmethod
-    def forward(ctx, a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
-        a_TBR = a_BTR.transpose(0, 1).contiguous()
-        h_TBR = x_BTR.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        h_BR = h0_BR
-        for a_BR, x_BR in zip(a_TBR.unbind(0), h_TBR.unbind(0), strict=True):
-            h_BR = x_BR.addcmul_(a_BR, h_BR)
-        ctx.save_for_backward(a_TBR, h_TBR, h0_BR)
-        return h_TBR.transpose(0, 1), h_TBR[-1].clone()
 
-    @staticmethod
-    def backward(ctx, dh_BTR: Tensor, dh_last_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a_TBR, h_TBR, h0_BR = ctx.saved_tensors
-        dx_TBR = dh_BTR.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        a_rows, dx_rows = a_TBR.unbind(0), dx_TBR.unbind(0)
-        dx_BR = dx_rows[-1].add_(dh_last_BR)
-        for t in range(len(dx_rows) - 2, -1, -1):
-            dx_BR = dx_rows[t].addcmul_(a_rows[t + 1], dx_BR)
-        da_TBR = torch.empty_like(a_TBR)
-        torch.mul(dx_TBR[0], h0_BR, out=da_TBR[0])
-        torch.mul(dx_TBR[1:], h_TBR[:-1], out=da_TBR[1:])
-        return da_TBR.transpose(0, 1), dx_TBR.transpose(0, 1), a_rows[0] * dx_BR
+@_analytic_forward.register_fake
+def _(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> Tensor:
+    return _time_first(x_BTR)
+
+
+@torch.library.custom_op("aerie::linear_scan_backward", mutates_args=())
+def _analytic_backward(
+    a_BTR: Tensor, h_BTR: Tensor, h0_BR: Tensor, dh_BTR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx_t = dh_t + a_{t+1} dx_{t+1};  da_t = dx_t h_{t-1};  dh0 = a_0 dx_0."""
+    a_TBR, h_TBR = (x.transpose(0, 1).contiguous() for x in (a_BTR, h_BTR))
+    dx_TBR = dh_BTR.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    a_rows, dx_rows = a_TBR.unbind(0), dx_TBR.unbind(0)
+    dx_BR = dx_rows[-1]
+    for t in range(len(dx_rows) - 2, -1, -1):
+        dx_BR = dx_rows[t].addcmul_(a_rows[t + 1], dx_BR)
+    da_TBR = torch.empty_like(a_TBR)
+    torch.mul(dx_TBR[0], h0_BR, out=da_TBR[0])
+    torch.mul(dx_TBR[1:], h_TBR[:-1], out=da_TBR[1:])
+    return da_TBR.transpose(0, 1), dx_TBR.transpose(0, 1), a_rows[0] * dx_BR
+
+
+@_analytic_backward.register_fake
+def _(a_BTR: Tensor, h_BTR: Tensor, h0_BR: Tensor, dh_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _time_first(a_BTR), _time_first(dh_BTR), torch.empty_like(h0_BR)
+
+
+def _time_first(x_BTR: Tensor) -> Tensor:
+    """An empty tensor of this shape that lies in memory as [T, B, R]."""
+    B, T, R = x_BTR.shape
+    return x_BTR.new_empty(T, B, R).transpose(0, 1)
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    a_BTR, _, h0_BR = inputs
+    ctx.save_for_backward(a_BTR, output, h0_BR)
+
+
+_analytic_forward.register_autograd(
+    lambda ctx, dh_BTR: _analytic_backward(*ctx.saved_tensors, dh_BTR), setup_context=_save
+)
 
 
 VARIANTS = {"sequential": _sequential, "associative": _associative, "analytic": _analytic}
