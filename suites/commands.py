@@ -483,8 +483,8 @@ def _between_backends(store: Path, planned: list[Planned]) -> Iterator[dict[str,
             continue
         with np.load(files["jax"]) as ours, np.load(files["torch"]) as other:
             found = suite.compare_tensors(dict(ours), dict(other))
+            limits = suite.tolerances(pair["jax"], dict(ours) | dict(other))
         run = pair["jax"]
-        limits = {field: suite.tolerance(run.dtype, field) for field in found}
         field = max(found, key=lambda name: _share(found[name], limits[name]))
         yield {
             "family": run.model.family,
