@@ -82,13 +82,13 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
     return path
 
 
-def comparison_tables(frame: pd.DataFrame) -> list[Table]:
+def comparison_tables(frame: pd.DataFrame, *, is_brief: bool = False) -> list[Table]:
     """JAX beside PyTorch, and each other family beside MQA."""
-    made = [tables.side_by_side(frame, by="backend")]
-    families = sorted(set(frame["family"].dropna()) - {"mqa"}, key=derive.family_order)
+    pairs = [("backend", "jax")]
     if "mqa" in set(frame["family"]):
-        made += [tables.side_by_side(frame, by="family", ours=family) for family in families]
-    return made
+        families = sorted(set(frame["family"].dropna()) - {"mqa"}, key=derive.family_order)
+        pairs += [("family", family) for family in families]
+    return [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
 
 
 def answer(frame: pd.DataFrame, beside: list[Table] | None = None) -> list[str]:

@@ -445,7 +445,7 @@ def _print_side_by_side(store: Path, run_ids: set[str]) -> None:
 
     frame = _frame(store)
     frame = frame[frame["run_id"].isin(run_ids)]
-    for table in comparison_tables(frame):
+    for table in comparison_tables(frame, is_brief=True):  # the report has every metric
         if table.rows:
             print()
             display.print_table(table.header, table.rows, title=table.title)
