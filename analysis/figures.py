@@ -96,7 +96,7 @@ def loss_by_position(frame: pd.DataFrame) -> Figure | None:
 
 
 def parity_error(frame: pd.DataFrame) -> Figure | None:
-    """The worst relative error of each kind of field, and its tolerance as a bar."""
+    """The worst error of each kind of field as a share of its tolerance; an exact 0 at the left."""
     errors = derive.parity_errors(frame)
     errors = errors[errors["size"] == derive.PARITY_SIZE] if len(errors) else errors
     if errors.empty:
@@ -109,7 +109,9 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
     key = ["kind", "family", "backend"]
     worst = errors.drop_duplicates(key, keep="last").sort_values("kind", kind="stable")
     kinds = list(dict.fromkeys(worst["kind"]))[::-1]
-    floor = max(min(worst["value"].min(), 1e-3), 1e-18)  # an exact 0 is drawn at the left edge
+    share = worst["share"].clip(upper=1e3)  # without a tolerance there is no share: far out
+    floor = share[share > 0].min() / 10 if (share > 0).any() else 1e-3
+    worst["shown"] = share.clip(lower=floor)
     figure = Figure(figsize=(7.2, 1.5 + 0.36 * len(kinds)), layout="constrained")
     axes = figure.add_subplot()
     groups = sorted(set(zip(worst["family"], worst["backend"], strict=True)), key=_order)
@@ -118,16 +120,12 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
         shift = 0.5 * (number - (len(groups) - 1) / 2) / max(1, len(groups))
         y = np.array([kinds.index(kind) for kind in part["kind"]]) - shift
         look = style.line(family, backend) | {"linestyle": "none"}
-        axes.plot(np.maximum(part["value"].astype(float), floor), y, **look,
+        axes.plot(part["shown"], y, **look,
                   label=_label(family, backend))  # fmt: skip
-    for kind, limit in worst.groupby("kind")["tolerance"].min().items():
-        if limit > 0:
-            place = kinds.index(kind)
-            axes.plot([limit, limit], [place - 0.38, place + 0.38], color=style.ALARM, lw=2.5,
-                      label="Tolerance" if kind == kinds[0] else None)  # fmt: skip
+    axes.axvline(1, color=style.ALARM, lw=2.5, label="Tolerance")
     axes.set_xscale("log")
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("Relative error of the worst tensor (largest float64 value = 1)")
+    axes.set_xlabel("Relative error of the worst tensor, over its tolerance")
     axes.grid(visible=False, axis="y")
     _legend(figure, axes)
     return figure

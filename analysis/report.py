@@ -68,6 +68,7 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
         "question": QUESTION,
         "answer": answer(frame, beside),
         "caveats": caveats(frame),
+        "glances": [table for table in comparison_tables(frame, is_brief=True) if table.rows],
         "sections": [(table, list(_by_suite(table))) for table in beside if table.rows],
         "drawings": drawings,
         **rest,
