@@ -33,7 +33,7 @@ PLANNED_ENDS = ("completed", "unsupported", "out_of_memory_predicted")
 BASELINE = {"backend": "torch", "family": "mqa"}
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
-              "device_kind", "engine_build"]  # fmt: skip
+              "program", "device_kind", "engine_build"]  # fmt: skip
 GREEN, RED, MISSING = "green", "red", "none"
 PARITY_ORDER = (GREEN, MISSING, RED)
 UNVERIFIED = "UNVERIFIED"

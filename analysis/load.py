@@ -19,7 +19,7 @@ import pandas as pd
 from suites.harness.record import Record, read_all
 
 INDEX = "index.parquet"
-FRAME_SCHEMA = 1  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 2  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -42,7 +42,7 @@ RECORD_COLUMNS = {
     # digests of settings: equal between the runs that may be compared
     "across_backends": "str", "across_families": "str", "architecture": "str",
     # on what
-    "linear_scan": "str", "attention": "str", "device_name": "str", "node": "str",
+    "linear_scan": "str", "attention": "str", "program": "str", "device_name": "str", "node": "str",
     "cpu_model": "str", "num_cores": "int", "num_threads": "int", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
     "data_digest": "str", "init_digest": "str",
@@ -147,8 +147,7 @@ def _row(record: Record) -> dict[str, Any]:
             "model": _json({k: v for k, v in model.items() if k not in ("family", "size")}),
             "kernels": _json(run["kernels"]),
             "optimizer": _words(run["optimizer"]),
-            "linear_scan": resolved.get("linear_scan"),
-            "attention": resolved.get("attention"),
+            **{name: resolved.get(name) for name in ("linear_scan", "attention", "program")},
             "node": seen.get("host"),
             "versions": _words(seen.get("versions")),
             "cache_bytes_predicted": costs.get("cache_bytes"),

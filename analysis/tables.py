@@ -95,8 +95,8 @@ def of_suite(table: Table, suite: str) -> Table:
 
 def parity(frame: pd.DataFrame) -> Table:
     status = derive.parity(frame)
-    header = ["family", "backend", "dtype", "linear_scan", "attention", "device", "build", "parity",
-              "checks", "worst error / tolerance", "at"]  # fmt: skip
+    header = ["family", "backend", "dtype", "linear_scan", "attention", "program", "device",
+              "build", "parity", "checks", "worst error / tolerance", "at"]  # fmt: skip
     rows = []
     for row in status.to_dict("records"):
         share, worst = row["worst"], NONE
@@ -106,7 +106,8 @@ def parity(frame: pd.DataFrame) -> Table:
         verdict = row["status"].upper() if row["status"] == derive.RED else row["status"]
         if row["outcome"] != "completed":
             verdict += f" ({row['outcome']}: {_text(row['reason'])})"
-        names = ("family", "backend", "dtype", "linear_scan", "attention", "device_kind")
+        names = ("family", "backend", "dtype", "linear_scan", "attention", "program",
+                 "device_kind")  # fmt: skip
         rows.append(
             [
                 *(_text(row[name]) for name in names),

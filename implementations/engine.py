@@ -100,7 +100,8 @@ class Engine(Protocol):
     """
 
     config: ModelConfig
-    resolved_kernels: dict[str, str]  # op -> the variant that computes it
+    # op -> the variant that computes it; program -> compiled (JAX always) or eager
+    resolved_kernels: dict[str, str]
     device_name: str
 
     def __init__(

@@ -444,7 +444,8 @@ def _print_side_by_side(store: Path, run_ids: set[str]) -> None:
     from analysis.report import comparison_tables
 
     frame = _frame(store)
-    frame = frame[frame["run_id"].isin(run_ids)]
+    # parity of any earlier command verifies these runs too
+    frame = frame[frame["run_id"].isin(run_ids) | (frame["suite"] == "parity")]
     for table in comparison_tables(frame, is_brief=True):  # the report has every metric
         if table.rows:
             print()
@@ -460,7 +461,8 @@ def _print_ends(planned: list[Planned], result: Result) -> None:
             rounds.setdefault(item.run.suite, set()).add(item.run.round)
     few = [len(seen) for seen in rounds.values() if len(seen) < 6]
     if few:
-        print(f"{min(few)} rounds are too few for a verdict; use suite.rounds=6 or more.")
+        rounds = "1 round is" if min(few) == 1 else f"{min(few)} rounds are"
+        print(f"{rounds} too few for a verdict; use suite.rounds=6 or more.")
     seeds = {item.run.seed for item in planned if _reads_text(item.run)}
     if len(seeds) == 1:
         print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")

@@ -147,11 +147,15 @@ def test_parity_keeps_the_dtypes_of_one_run_apart():
     }
 
 
+KERNELS = {"linear_scan": "analytic", "attention": "plain", "program": "eager"}
+
+
 @pytest.mark.parametrize(
     "different",
     [{}, {"build": "build1"}, {"dtype": "bfloat16"}, {"device_kind": "h200"},
      {"model": {"lambda_init": "code"}},
-     {"provenance": {"resolved_kernels": {"linear_scan": "triton", "attention": "plain"}}}],
+     {"provenance": {"resolved_kernels": KERNELS | {"linear_scan": "triton"}}},
+     {"provenance": {"resolved_kernels": KERNELS | {"program": "compiled"}}}],
     ids=str,
 )  # fmt: skip
 def test_a_speed_is_verified_by_parity_of_its_own_key_alone(different):

@@ -53,10 +53,11 @@ class Engine:
             jax.config.update("jax_enable_x64", True)
             if kernels.attention == "auto":
                 kernels = replace(kernels, attention="plain")
-        self.resolved_kernels = resolve(kernels, device_kind)
-        if dtype == "float64" and self.resolved_kernels["attention"] == "fused":
+        resolved = resolve(kernels, device_kind)
+        if dtype == "float64" and resolved["attention"] == "fused":
             raise Unsupported("kernels.attention=fused: JAX's softmax is float32, not float64.")
-        self.kernels = replace(kernels, **self.resolved_kernels)
+        self.kernels = replace(kernels, **resolved)
+        self.resolved_kernels = resolved | {"program": "compiled"}
         self.device = find_device(device_kind)
         self.device_name = self.device.device_kind
         self.master_dtype = "float64" if dtype == "float64" else "float32"

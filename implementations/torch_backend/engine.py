@@ -55,8 +55,9 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
-        self.resolved_kernels = resolve(kernels, device_kind)
+        resolved = resolve(kernels, device_kind)
         self.kernels = kernels
+        self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
         self.device = find_device(device_kind)
         self.device_name = (
             CPU if self.device.type == CPU else torch.cuda.get_device_name(self.device)
@@ -64,7 +65,7 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         self.master_dtype = torch.float64 if dtype == "float64" else torch.float32
-        self.model = model.Model(config, self.resolved_kernels, self.dtype)
+        self.model = model.Model(config, resolved, self.dtype)
         self.model.to(self.device, self.master_dtype)
         self._loss = self._compiled(self.model.loss)
         self._decode_step = self._compiled(decode_step, DECODE_OPTIONS[self.device.type])
