@@ -113,6 +113,13 @@ def caveats(frame: pd.DataFrame) -> list[str]:
             f"{some} have {rounds}: too few for a verdict, which needs "
             f"{statistics.MIN_ROUNDS}; their comparisons are inconclusive."
         )
+    runs = derive.runs(frame)
+    programs = set(runs.loc[runs["suite"].isin(set(timed["suite"])), "program"].dropna())
+    if programs >= {"eager", "compiled"}:
+        made.append(
+            "JAX ran compiled programs and PyTorch eager code: small models feel the difference "
+            "most, in decoding above all. kernels.compile=true compiles PyTorch too."
+        )
     if mixed := int((cells.drop_duplicates("cell_id")["num_builds"] > 1).sum()):
         made.append(f"{_count(mixed, 'cell')} mix runs of several builds.")
     quality = cells[cells["suite"] == "language_modeling"]
@@ -134,8 +141,7 @@ def caveats(frame: pd.DataFrame) -> list[str]:
         )
     if len(cells) and (odd := int(cells["num_outliers"].sum())):
         made.append(f"{_count(odd, 'repeat')} lie far from their median: flagged, not dropped.")
-    current = derive.runs(frame)["is_current"]
-    if stale := int((current == False).sum()):  # noqa: E712 - the column knows null
+    if stale := int((runs["is_current"] == False).sum()):  # noqa: E712 - the column knows null
         made.append(f"{_count(stale, 'run')} came from an older build and are marked stale.")
     return made
 

@@ -73,7 +73,7 @@ def record(
             "num_cores": 2, "memory_bytes": 8 * 2**30, "python": "3.11.9", "platform": "linux",
             "versions": {"numpy": "2.4.6", "jax": "0.10.2"}, "git_commit": "0123456789abcdef",
             "resolved_kernels": {"linear_scan": "analytic", "attention": "plain",
-                                 "program": "eager"},
+                                 "program": "compiled" if backend == "jax" else "eager"},
             "num_threads": 2, "data_digest": f"data{seed}", "init_digest": f"init-{family}-{seed}",
         } | (provenance or {}),
         costs={
