@@ -1,4 +1,4 @@
-"""Records to pages: load, derive, statistics, tables, figures, style, report. No framework."""
+"""Records to pages: load, derive, statistics, matching, tables, figures, style, report."""
 
 from importlib import import_module
 from typing import Any

@@ -1,9 +1,8 @@
-"""What the samples say together: processes, cells, comparisons, parity and matching."""
+"""What the samples say together: processes, cells, comparisons and parity."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -475,85 +474,6 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
     key = ["device_name", "backend", "dtype", "metric", "unit", "field"]
     found = rows.groupby(key, dropna=False, sort=True)["value"]
     return found.agg(["median", "min", "max", "size"]).reset_index()
-
-
-@dataclass(frozen=True)
-class Match:
-    """One line of the matching certificate: who is compared, what is equal, what is not."""
-
-    suite: str
-    size: str
-    scope: str  # "griffin: jax, torch" or "jax: griffin, hawk, mqa"
-    is_matched: bool | None  # None: one side only, or a fact that was not recorded
-    differs: tuple[str, ...]
-    facts: dict[str, str]
-
-
-MATCHED_ACROSS_BACKENDS = ("num_params", "num_params_non_embedding", "train_flops_per_token",
-                           "num_tokens", "optimizer", "data_digest", "init_digest")  # fmt: skip
-MATCHED_ACROSS_FAMILIES = ("num_tokens", "optimizer", "data_digest")
-
-
-def certificate(frame: pd.DataFrame) -> list[Match]:
-    """What the runs compared had in common: per family across backends, per backend across
-    families. Runs of one seed and round are held against each other."""
-    rows = runs(frame)
-    rows = rows[(rows["suite"] != "parity") & (rows["outcome"] == "completed")].copy()
-    work = [rows[name].astype("float64").fillna(0) for name in
-            ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")]  # fmt: skip
-    batch, seq, prompt, new, steps = work
-    rows["num_tokens"] = batch * (seq + prompt + new) * steps.clip(lower=1)
-    made = []
-    for by, held, match, same in (
-        ("backend", "family", "across_backends", MATCHED_ACROSS_BACKENDS),
-        ("family", "backend", "across_families", MATCHED_ACROSS_FAMILIES),
-    ):
-        for (suite, size, who), group in rows.groupby(["suite", "size", held], sort=False):
-            made.append(_match(group, by, match, same, suite, size, who))
-    families = [*FAMILIES, *sorted(set(rows["family"]) - set(FAMILIES))]
-
-    def place(match: Match) -> tuple:
-        who = match.scope.split(":")[0]
-        return (match.suite, match.size, families.index(who) if who in families else 99, who)
-
-    return sorted(made, key=place)
-
-
-def _match(
-    group: pd.DataFrame, by: str, match: str, same: tuple[str, ...], suite: str, size: str, who: str
-) -> Match:
-    names = sorted(group[by].unique(), key=family_order)
-    differs, unknown, compared = [], [], False
-    points = group.groupby([match, "seed", "round"], sort=False)
-    together = points[by].transform("nunique") > 1
-    compared = bool(together.any())
-    for fact in same:
-        part = group[together]
-        if part.empty:
-            continue
-        if part[fact].isna().any():
-            unknown.append(fact)
-        counts = part.groupby([match, "seed", "round"], sort=False)[fact].nunique()
-        if (counts > 1).any():
-            differs.append(fact)
-    facts = {fact: _span(group[fact]) for fact in MATCHED_ACROSS_BACKENDS}
-    if not differs and (unknown or not compared):
-        verdict = None
-        differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
-    else:
-        verdict = not differs
-    return Match(suite, size, f"{who}: {', '.join(names)}", verdict, tuple(differs), facts)
-
-
-def _span(values: pd.Series) -> str:
-    """The value, "low to high" of numbers, or how many different texts there are."""
-    known = values.dropna().unique()
-    if not len(known):
-        return "-"
-    if isinstance(known[0], str):
-        return known[0] if len(known) == 1 else f"{len(known)} values"
-    low, high = min(known), max(known)
-    return f"{int(low):,}" if low == high else f"{int(low):,} to {int(high):,}"
 
 
 def _shown(rows: pd.DataFrame) -> pd.Series:

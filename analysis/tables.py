@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import derive, statistics, style
+from analysis import derive, matching, statistics, style
 from suites.harness.record import METRICS
 
 NONE = "-"
@@ -127,7 +127,7 @@ def parity(frame: pd.DataFrame) -> Table:
 
 
 def certificate(frame: pd.DataFrame) -> Table:
-    matches = derive.certificate(frame)
+    matches = matching.certificate(frame)
     names = ("num_params", "num_params_non_embedding", "train_flops_per_token", "num_tokens",
              "optimizer", "data_digest", "init_digest")  # fmt: skip
     header = ["suite", "size", "compared", "matched", *names]

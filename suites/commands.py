@@ -5,13 +5,13 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from suites import compose, display
+from suites import compose, display, reports
 from suites.harness import claims, corpora, plan, provenance
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
@@ -40,10 +40,10 @@ def run(
 ) -> int:
     request, planned = _planned(overrides, store)
     result, planned = _sweep(request, planned, store, overrides, rerun_stale, verify_frontier)
-    if result.num_started or not _report_path(store, None, request.title).exists():
-        path = _write_report(store, None, title=request.title, overrides=overrides)
+    if result.num_started or not reports.report_path(store, None, request.title).exists():
+        path = reports.write(store, None, title=request.title, overrides=overrides)
     else:
-        path = _report_path(store, None, request.title)
+        path = reports.report_path(store, None, request.title)
     if as_json:
         display.print_json(
             {
@@ -56,7 +56,7 @@ def run(
         )
     else:
         if result.num_started:
-            _print_side_by_side(store, {item.run.run_id for item in planned})
+            reports.print_side_by_side(store, {item.run.run_id for item in planned})
         _print_ends(planned, result)
         print(f"report: {path}")
     return _exit_code(planned, result)
@@ -67,12 +67,12 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
     if as_json:
         display.print_json([item.to_json() for item in planned])
     elif len(planned) == 1:
-        _print_card(planned[0])
+        display.print_card(planned[0])
     else:
         header = ["run_id", "suite", "model", "backend", "dtype", "work", "seed", "round",
                   "num_params", "num_params_non_embedding", "train_flops_per_token",
                   "cache_bytes", "predicted_peak_memory", "reason"]  # fmt: skip
-        display.print_table(header, map(_plan_row, planned))
+        display.print_table(header, map(display.plan_row, planned))
         reasons = Counter(item.reason for item in planned)
         pending = sum(item.is_pending for item in planned)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -114,7 +114,7 @@ def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
 
 def report(store: Path, out: Path | None, *, title: str) -> int:
     _need_records(store)
-    print(f"report: {_write_report(store, out, title=title, overrides=None)}")
+    print(f"report: {reports.write(store, out, title=title, overrides=None)}")
     return AS_PLANNED
 
 
@@ -124,7 +124,7 @@ def compare(
     _need_records(store)
     from analysis import derive, tables
 
-    frame = _frame(store)
+    frame = reports.frame_of(store)
     with _request():
         if by not in derive.BASELINE:
             raise ValueError(_unknown("--by", by, list(derive.BASELINE)))
@@ -160,10 +160,10 @@ def parity(
     )
     from analysis import derive, tables
 
-    frame = _frame(store)
+    frame = reports.frame_of(store)
     frame = frame[frame["run_id"].isin({item.run.run_id for item in planned})]
     table = tables.parity(frame)
-    between = list(_between_backends(store, planned))
+    between = list(reports.between_backends(store, planned))
     is_red = (table.frame["status"] != derive.GREEN).any() or any(
         not row["is_within"] for row in between
     )
@@ -405,51 +405,7 @@ def _measured_now(store: Path) -> list[str]:
     return found
 
 
-# Reports ----------------------------------------------------------------------------------------
-
-
-def _report_path(store: Path, out: Path | None, title: str) -> Path:
-    """results/reports/<title> for results/raw; a folder `report` inside any other store."""
-    if out is None:
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in title)
-        out = store.parent / "reports" / name if store.name == "raw" else store / "report"
-    return out / "report.html"
-
-
-def _write_report(
-    store: Path, out: Path | None, *, title: str, overrides: list[str] | None
-) -> Path:
-    from analysis.report import write_report
-
-    command = f"aerie run {shlex.join(overrides)}" if overrides else f"aerie report {store}"
-    folder = _report_path(store, out, title).parent
-    return write_report(store, folder, title=title, command=command, frame=_frame(store))
-
-
-def _frame(store: Path) -> Any:
-    """The tidy frame, with is_current filled in: whether our build is the one that ran."""
-    import analysis
-
-    frame = analysis.load(store)
-    key: Callable[[tuple], str] = lambda row: provenance.build_key(  # noqa: E731
-        row[0], row[1], provenance.device_name(row[2])
-    )
-    names = ["suite", "backend", "device_kind"]
-    now = {row: key(row) for row in frame[names].drop_duplicates().itertuples(index=False)}
-    ours = [now[row] for row in frame[names].itertuples(index=False)]
-    return frame.assign(is_current=(frame["build"] == ours).astype("boolean"))
-
-
-def _print_side_by_side(store: Path, run_ids: set[str]) -> None:
-    from analysis.report import comparison_tables
-
-    frame = _frame(store)
-    # parity of any earlier command verifies these runs too
-    frame = frame[frame["run_id"].isin(run_ids) | (frame["suite"] == "parity")]
-    for table in comparison_tables(frame, is_brief=True):  # the report has every metric
-        if table.rows:
-            print()
-            display.print_table(table.header, table.rows, title=table.title)
+# Words ------------------------------------------------------------------------------------------
 
 
 def _print_ends(planned: list[Planned], result: Result) -> None:
@@ -466,93 +422,6 @@ def _print_ends(planned: list[Planned], result: Result) -> None:
     seeds = {item.run.seed for item in planned if _reads_text(item.run)}
     if len(seeds) == 1:
         print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")
-
-
-def _between_backends(store: Path, planned: list[Planned]) -> Iterator[dict[str, Any]]:
-    """The worst difference of two backends' tensors, for each parity run that both have."""
-    import numpy as np
-
-    from suites import parity as suite
-
-    runs: dict[str, dict[str, Run]] = {}
-    for item in planned:
-        values = item.run.to_json()
-        key = str({k: v for k, v in values.items() if k != "backend"})
-        runs.setdefault(key, {})[item.run.backend] = item.run
-    for pair in runs.values():
-        files = {name: _newest_tensors(store, run) for name, run in pair.items()}
-        if set(files) != {"jax", "torch"} or None in files.values():
-            continue
-        with np.load(files["jax"]) as ours, np.load(files["torch"]) as other:
-            found = suite.compare_tensors(dict(ours), dict(other))
-            limits = suite.tolerances(pair["jax"], dict(ours) | dict(other))
-        run = pair["jax"]
-        field = max(found, key=lambda name: _share(found[name], limits[name]))
-        yield {
-            "family": run.model.family,
-            "dtype": run.dtype,
-            "field": field,
-            "relative_error": found[field],
-            "tolerance": limits[field],
-            "is_within": found[field] <= limits[field],
-        }
-
-
-def _share(error: float, limit: float) -> float:
-    return error / limit if error == error else float("inf")
-
-
-def _newest_tensors(store: Path, run: Run) -> Path | None:
-    return max((store / "runs" / run.run_id).glob("*.npz"), default=None)
-
-
-# Pages of the terminal --------------------------------------------------------------------------
-
-
-def _plan_row(item: Planned) -> list[str]:
-    run, costs = item.run, item.costs
-    return [
-        run.run_id,
-        run.suite,
-        f"{run.model.family}_{run.model.size}",
-        run.backend,
-        run.dtype,
-        plan.workload_text(run.workload),
-        str(run.seed),
-        str(run.round),
-        display.number(costs["num_params"]),
-        display.number(costs["num_params_non_embedding"]),
-        display.number(costs["train_flops_per_token"]),
-        display.number(costs["cache_bytes"]),
-        display.size(costs["predicted_peak_memory_bytes"]),
-        item.reason,
-    ]
-
-
-def _print_card(item: Planned) -> None:
-    run, costs, work = item.run, item.costs, item.run.workload
-    length = work.seq_len or work.prompt_len + work.num_new_tokens
-    if work.phase in ("prefill", "decode"):
-        cache = f"{length} positions, batch {work.batch_size}, {run.dtype}"
-    else:
-        cache = f"{plan.CONTEXT} positions, batch 1, {run.dtype}"
-    flops = f"{display.number(costs['train_flops_per_token'])} FLOPs"
-    memory = costs["predicted_peak_memory_bytes"]
-    rows = [
-        ["run_id", run.run_id],
-        ["suite", f"{run.suite}, {plan.workload_text(work)}, {run.dtype}, {run.backend}"],
-        ["model", f"{run.model.family}_{run.model.size}"],
-        ["num_params", f"{display.number(costs['num_params'])} parameters"],
-        ["num_params_non_embedding",
-         f"{display.number(costs['num_params_non_embedding'])} non-embedding parameters"],
-        ["train_flops_per_token", f"{flops} per token for training at seq_len {length}"],
-        ["cache_bytes", f"{display.number(costs['cache_bytes'])} bytes of cache ({cache})"],
-        ["predicted_peak_memory_bytes", f"{display.number(memory)} bytes ({display.size(memory)})"],
-        ["reason", item.reason],
-    ]  # fmt: skip
-    width = max(len(row[0]) for row in rows)
-    for key, value in rows:
-        print(f"{key:<{width}}  {value}")
 
 
 def _json_rows(frame: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from suites.harness.plan import Planned, workload_text
+from suites.harness.plan import CONTEXT, Planned, workload_text
 from suites.harness.record import Record
 
 NONE = "-"
@@ -59,6 +59,52 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def plan_row(item: Planned) -> list[str]:
+    run, costs = item.run, item.costs
+    return [
+        run.run_id,
+        run.suite,
+        f"{run.model.family}_{run.model.size}",
+        run.backend,
+        run.dtype,
+        workload_text(run.workload),
+        str(run.seed),
+        str(run.round),
+        number(costs["num_params"]),
+        number(costs["num_params_non_embedding"]),
+        number(costs["train_flops_per_token"]),
+        number(costs["cache_bytes"]),
+        size(costs["predicted_peak_memory_bytes"]),
+        item.reason,
+    ]
+
+
+def print_card(item: Planned) -> None:
+    run, costs, work = item.run, item.costs, item.run.workload
+    length = work.seq_len or work.prompt_len + work.num_new_tokens
+    if work.phase in ("prefill", "decode"):
+        cache = f"{length} positions, batch {work.batch_size}, {run.dtype}"
+    else:
+        cache = f"{CONTEXT} positions, batch 1, {run.dtype}"
+    flops = f"{number(costs['train_flops_per_token'])} FLOPs"
+    memory = costs["predicted_peak_memory_bytes"]
+    rows = [
+        ["run_id", run.run_id],
+        ["suite", f"{run.suite}, {workload_text(work)}, {run.dtype}, {run.backend}"],
+        ["model", f"{run.model.family}_{run.model.size}"],
+        ["num_params", f"{number(costs['num_params'])} parameters"],
+        ["num_params_non_embedding",
+         f"{number(costs['num_params_non_embedding'])} non-embedding parameters"],
+        ["train_flops_per_token", f"{flops} per token for training at seq_len {length}"],
+        ["cache_bytes", f"{number(costs['cache_bytes'])} bytes of cache ({cache})"],
+        ["predicted_peak_memory_bytes", f"{number(memory)} bytes ({size(memory)})"],
+        ["reason", item.reason],
+    ]  # fmt: skip
+    width = max(len(row[0]) for row in rows)
+    for key, value in rows:
+        print(f"{key:<{width}}  {value}")
 
 
 class SweepProgress:

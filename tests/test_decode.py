@@ -71,8 +71,7 @@ def test_decoded_tokens_are_those_of_forward_passes(backend, model, chunk_len):
     first, cache = engine.decode(token_B, cache, num_tokens=15)
     rest, cache = engine.decode(first[:, -1], cache, num_tokens=15)
     predicted = cost.cache_bytes(MODELS[model], batch_size=B, capacity=T, dtype="float64")
-    if model == "mqa":  # float64 states of a recurrence are no deployment, and not predicted
-        assert engine.num_bytes(cache) == predicted
+    assert engine.num_bytes(cache) == predicted
 
     decoded = [np.asarray(token_B)[:, None], np.asarray(first), np.asarray(rest)]
     tokens_BT = np.concatenate([prompt_BT, *decoded], axis=1)
@@ -91,6 +90,15 @@ def test_cache_has_the_predicted_bytes(backend, model, dtype, capacity):
     assert engine.num_bytes(engine.empty_cache(B, capacity=capacity)) == predicted
 
 
+@pytest.mark.parametrize("model", ["mqa", "griffin"])
+def test_a_torch_cache_keeps_nothing_else_alive(model):
+    """A view would: the states of a prompt are cut from tensors as long as the prompt."""
+    engine = engine_of("torch", model)
+    _, cache = engine.prefill(tokens_of(40)[:, :40], capacity=T)
+    leaves = [leaf for state in cache.states for leaf in state if hasattr(leaf, "untyped_storage")]
+    assert sum(leaf.untyped_storage().nbytes() for leaf in leaves) == engine.num_bytes(cache)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cache_smaller_than_the_window_is_enough(backend):
     """The window is 8, the sequence 7: a ring of 7 slots forgets nothing."""
@@ -103,10 +111,10 @@ def test_a_cache_smaller_than_the_window_is_enough(backend):
     assert error < TOLERANCE["float64"]
 
 
-@pytest.mark.parametrize("model", ["mqa", "grouped"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fused_attention_decodes_alike(backend, model):
-    engine = engine_of(backend, model, kernels=Kernels(attention="fused"))
+@pytest.mark.parametrize("model", ["mqa", "mqa_local", "grouped"])
+@pytest.mark.parametrize(("backend", "attention"), [("jax", "fused"), ("torch", "plain")])
+def test_the_attention_that_is_not_automatic_decodes_alike(backend, attention, model):
+    engine = engine_of(backend, model, kernels=Kernels(attention=attention))
     batch = Batch.of(tokens_of(T))
     true = engine_of(backend, model, "float64").logits(batch)
     cache = engine.empty_cache(B, capacity=T)

@@ -13,7 +13,7 @@ import synthetic_records as synthetic
 from synthetic_records import modeling, parity, record, sample, training
 
 import analysis
-from analysis import derive, figures, report, style, tables
+from analysis import derive, figures, matching, report, style, tables
 from analysis.load import frame_of
 from suites.harness.record import write
 
@@ -239,7 +239,7 @@ def test_stale_runs_are_marked():
 
 
 def matches(records) -> dict:
-    return {m.scope: m for m in derive.certificate(frame_of(records))}
+    return {m.scope: m for m in matching.certificate(frame_of(records))}
 
 
 def test_equal_runs_are_matched():
@@ -374,7 +374,8 @@ def test_the_page_says_all_that_it_must(quickstart):
         "Which architecture is better, at what cost",
         "Griffin reaches the fewest held-out bits per byte at size tiny, 2.450",
         "in training JAX is 1.4", "too few for a verdict, which needs 6",
-        "Language modeling has one seed", "PyTorch eager code", "inconclusive (3 of 6 rounds)", "matched", "green",
+        "Language modeling has one seed", "PyTorch eager code", "inconclusive (3 of 6 rounds)",
+        "matched", "green",
         "killed at <7.9> GiB", "numpy=2.4.6", "aerie run experiment=quickstart", "307,000",
         "280,000", "prefers-color-scheme: dark", "A CPU", "Griffin, PyTorch",
     ):  # fmt: skip

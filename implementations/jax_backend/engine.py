@@ -29,7 +29,11 @@ DEVICE_NAMES = {"v5e": "v5 lite", "v6e": "v6 lite"}
 
 
 def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered."""
+    """Op -> the variant that computes it; Unsupported names one that is not offered.
+
+    `auto` is plain attention on a CPU: measured there on 2 cores at `tiny`, a step of 4096 tokens
+    takes 2.0 s and not 7.5 (fused) with global attention, the same with a window.
+    """
     chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
     default = {"linear_scan": "analytic", "attention": "plain" if device_kind == CPU else "fused"}
     resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}

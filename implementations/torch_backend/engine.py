@@ -34,10 +34,14 @@ class Cache(NamedTuple):
     position: int  # of the next token, counted on the host
 
 
-def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered."""
+def resolve(kernels: Kernels) -> dict[str, str]:
+    """Op -> the variant that computes it; Unsupported names one that is not offered.
+
+    `auto` is fused attention, on a CPU too: measured there on 2 cores at `tiny`, a step of 4096
+    tokens takes 1.4 s and not 4.2 (plain) with global attention, 97 ms and not 90 with a window.
+    """
     chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
-    default = {"linear_scan": "analytic", "attention": "plain" if device_kind == CPU else "fused"}
+    default = {"linear_scan": "analytic", "attention": "fused"}
     resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
@@ -55,7 +59,7 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
-        resolved = resolve(kernels, device_kind)
+        resolved = resolve(kernels)
         self.kernels = kernels
         self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
         self.device = find_device(device_kind)
