@@ -26,9 +26,6 @@ SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
 TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s")  # with a verdict
 QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
 CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
-# Ends that a search or an unsupported point comes to: planned, and shown as a result.
-PLANNED_ENDS = ("completed", "unsupported", "out_of_memory_predicted")
-
 BASELINE = {"backend": "torch", "family": "mqa"}
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
@@ -150,11 +147,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def parity(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each PARITY_KEY: green when every error of a completed check is within its
     tolerance, and there is at least one; else red. `worst` is the largest error / tolerance."""
-    rows = frame[
-        (frame["suite"] == "parity")
-        & (frame["size"] == PARITY_SIZE)
-        & frame["is_counted"].fillna(False).astype(bool)
-    ]
+    rows = _latest_checks(frame)
+    rows = rows[rows["size"] == PARITY_SIZE]
     if rows.empty:
         return pd.DataFrame(columns=[*PARITY_KEY, "status", "num_checks", "worst", "worst_field"])
     errors = parity_errors(rows)
@@ -203,9 +197,7 @@ def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
     A field begins with the dtype it was computed in; where it does not, that is the run's.
     An error without a tolerance is not within it.
     """
-    rows = frame[
-        (frame["suite"] == "parity") & frame["is_counted"].fillna(False).astype(bool)
-    ].copy()
+    rows = _latest_checks(frame).copy()
     rows["at"] = rows["at"].astype("float64").fillna(-1)
     rows["field"] = rows["field"].astype(object).where(rows["field"].notna(), "")
     key = ["attempt", "field", "at"]
@@ -218,6 +210,14 @@ def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
     share = errors["value"] / errors["tolerance"]
     errors["share"] = share.where(share.notna(), np.inf).astype("float64")
     return errors.reset_index(drop=True)
+
+
+def _latest_checks(frame: pd.DataFrame) -> pd.DataFrame:
+    """Parity rows: of each run and engine the last attempt, whatever was run before or since with
+    another engine. Attempts sort by time."""
+    rows = frame[frame["suite"] == "parity"]
+    latest = rows.groupby(["run_id", "engine_build"], dropna=False)["attempt"].transform("max")
+    return rows[rows["attempt"] == latest]
 
 
 def mark_parity(rows: pd.DataFrame, status: pd.DataFrame) -> pd.DataFrame:
@@ -443,9 +443,13 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     for row in cells[cells["metric"] == "max_batch_size"].to_dict("records"):
         made.append(_frontier_row(row, "largest batch", row["value"], None) | {"why": row["field"]})
     ends = outcomes(frame)
-    ends["length"] = ends["seq_len"].astype("float64").fillna(ends["prompt_len"].astype("float64"))
+    lengths = [ends[name].astype("float64") for name in ("seq_len", "prompt_len")]
+    # Training shrinks its batch as sequences grow; elsewhere another batch is another question.
+    batch = ends["batch_size"].where(ends["suite"] != "training_speed")
+    ends = ends.assign(length=lengths[0].fillna(lengths[1]), other_batch=batch)
     key = ["suite", "family", "size", "backend", "dtype", "device_kind"]
-    for _, group in ends[ends["length"].notna()].groupby(key, sort=False):
+    same = [*key, "variant", "num_new_tokens", "other_batch"]
+    for _, group in ends[ends["length"].notna()].groupby(same, sort=False, dropna=False):
         is_out = group["outcome"].isin(["out_of_memory", "out_of_memory_predicted"])
         if is_out.any():
             done = group.loc[group["outcome"] == "completed", "length"]

@@ -98,7 +98,9 @@ def loss_by_position(frame: pd.DataFrame) -> Figure | None:
 def parity_error(frame: pd.DataFrame) -> Figure | None:
     """The worst error of each kind of field as a share of its tolerance; an exact 0 at the left."""
     errors = derive.parity_errors(frame)
-    errors = errors[errors["size"] == derive.PARITY_SIZE] if len(errors) else errors
+    if len(errors):
+        is_counted = errors["is_counted"].fillna(False).astype(bool)
+        errors = errors[(errors["size"] == derive.PARITY_SIZE) & is_counted]
     if errors.empty:
         return None
     names = zip(errors["dtype"], errors["field"], strict=True)

@@ -57,7 +57,8 @@ COLUMNS = RECORD_COLUMNS | SAMPLE_COLUMNS
 
 def load(store: Path) -> pd.DataFrame:
     """Every attempt of every run of a store; `is_counted` marks the attempt that stands for its
-    run: the last completed one, else the last. Counts that a workload does not use are null."""
+    run: the last completed one, else the last (`aerie` prefers one of the present build). Counts
+    that a workload does not use are null."""
     store = Path(store)
     fingerprint = _fingerprint(store)
     index = store / INDEX

@@ -26,7 +26,6 @@ NUM_RESAMPLES = 1999
 MIN_REPEATS = 5  # below: no repeat is called an outlier
 OUTLIER_SCORE = 5.0  # |value - median| beyond 5 scaled median absolute deviations ...
 OUTLIER_SHARE = 0.05  # ... and beyond 5% of the median: five repeats alone have tiny deviations
-VERDICTS = ("faster", "slower", "equivalent", "inconclusive")
 UNPAIRED = "unpaired"
 
 Interval = tuple[float, float]
@@ -39,23 +38,13 @@ class Comparison:
     speedup: float | None
     interval: Interval | None
     num_rounds: int
-    verdict: str  # one of VERDICTS, or "unpaired"
+    verdict: str  # faster, slower, equivalent, inconclusive, or unpaired
     reason: str | None = None  # why there is no verdict
 
 
-def per_process_median(values: Sequence[float]) -> float:
-    return float(np.median(np.asarray(values, dtype=float)))
-
-
-def is_outlier(values: Sequence[float]) -> np.ndarray:
-    """Which repeats of one process stand far from its median. They are flagged, never dropped."""
-    values = np.asarray(values, dtype=float)
-    distance = np.abs(values - np.median(values))
-    return is_far(distance, np.median(values), np.median(distance), len(values))
-
-
 def is_far(distance: Any, median: Any, median_distance: Any, count: Any) -> Any:
-    """The rule of is_outlier, elementwise; 1.4826 makes it a normal's standard deviation."""
+    """Which repeats stand far from the median of their process, elementwise; they are flagged,
+    never dropped. 1.4826 makes the median distance a normal's standard deviation."""
     far = np.maximum(OUTLIER_SCORE * 1.4826 * median_distance, OUTLIER_SHARE * np.abs(median))
     return (distance > far) & (count >= MIN_REPEATS)
 

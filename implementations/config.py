@@ -139,6 +139,8 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(get_args(option)[0], item, key, where) for item in value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"{where}: {key}={value}; must be a finite number.")
             return float(value)
         if option is int and isinstance(value, int) and not isinstance(value, bool):
             return value

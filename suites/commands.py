@@ -1,7 +1,6 @@
 """What each command does. Returns exit codes: 0 as planned, 1 not, 2 the request was wrong."""
 
 import os
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -40,7 +39,7 @@ def run(
 ) -> int:
     request, planned = _planned(overrides, store)
     result, planned = _sweep(request, planned, store, overrides, rerun_stale, verify_frontier)
-    if result.num_started or not reports.report_path(store, None, request.title).exists():
+    if result.outcomes or not reports.report_path(store, None, request.title).exists():
         path = reports.write(store, None, title=request.title, overrides=overrides)
     else:
         path = reports.report_path(store, None, request.title)
@@ -114,6 +113,9 @@ def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
 
 def report(store: Path, out: Path | None, *, title: str) -> int:
     _need_records(store)
+    with _request():
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
     print(f"report: {reports.write(store, out, title=title, overrides=None)}")
     return AS_PLANNED
 
@@ -174,7 +176,8 @@ def parity(
         if between:
             header = ["family", "dtype", "jax to torch", "relative_error", "tolerance", "verdict"]
             rows = [
-                [row["family"], row["dtype"], row["field"], f"{row['relative_error']:.1e}",
+                [row["family"], row["dtype"], row["field"],
+                 display.NONE if row["relative_error"] is None else f"{row['relative_error']:.1e}",
                  f"{row['tolerance']:.1e}", "green" if row["is_within"] else "RED"]
                 for row in between
             ]  # fmt: skip
@@ -250,7 +253,7 @@ def _request() -> Iterator[None]:
     """What goes wrong inside is the user's to fix: one line, exit code 2, nothing started."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"aerie: {' '.join(str(error).split())}", file=sys.stderr)
         raise WrongRequest from None
 
@@ -264,7 +267,7 @@ def _planned(
         request = compose.read(overrides, bare=bare)
         runs = [run for settings in request.settings for run in plan.expand(settings)]
         _data_configs(request.settings)
-    return request, plan.plan(store, runs)
+        return request, plan.plan(store, runs)
 
 
 def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
@@ -319,9 +322,13 @@ def _sweep(
         print(f"{words}; run them again with --rerun-stale.", file=sys.stderr)
     if not todo:
         return Result(), planned
+    with _request():
+        store.mkdir(parents=True, exist_ok=True)
+        if not os.access(store, os.W_OK):
+            raise ValueError(f"--results {store} cannot be written.")
     for config in dict.fromkeys(item.run.data for item in todo if _reads_text(item.run)):
         _prepare(config, None)
-    proven = [item.run for item in planned if item.outcome == "out_of_memory"]
+    proven = [item.run for item in planned if item.outcome == "out_of_memory" and not item.is_stale]
     with display.SweepProgress(len(todo)) as progress:
         progress.expect(todo)
         result = sweep(
@@ -340,11 +347,8 @@ def _sweep(
         )
     if result.is_interrupted:
         left = len(todo) - len(result.outcomes)
-        print(
-            f"interrupted; {left} runs not started. Run the same command again to go on: "
-            f"aerie run {shlex.join(overrides)}",
-            file=sys.stderr,
-        )
+        again = reports.command_of("run", overrides, store)
+        print(f"interrupted; {left} runs not started. To go on: {again}", file=sys.stderr)
     return result, planned
 
 

@@ -81,16 +81,24 @@ def parse(overrides: Iterable[str]) -> dict[str, list[Any]]:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             hint = "" if "=" in text else " Overrides look like key=value."
-            line = str(error).splitlines()[0]
-            raise ValueError(f"cannot read override {text!r}: {line}.{hint}") from None
+            raise ValueError(f"{_unreadable(text, error)}{hint}") from None
         if override.is_delete():
             raise ValueError(f"{text!r}: settings cannot be removed; set the key to null.")
         if override.package:
             raise ValueError(f"{text!r}: a group has one place; write {override.key_or_group}=...")
         key = override.key_or_group
         _check_root(key)
-        found[key] = _values(key, override)
+        try:
+            found[key] = _values(key, override)
+        except HydraException as error:
+            raise ValueError(_unreadable(text, error)) from None
+        if not found[key]:
+            raise ValueError(f"{text!r} sweeps over nothing.")
     return found
+
+
+def _unreadable(text: str, error: HydraException) -> str:
+    return f"cannot read override {text!r}: {str(error).splitlines()[0]}."
 
 
 def choices(group: str) -> list[str]:

@@ -7,8 +7,10 @@ from typing import Any
 
 from suites import display
 from suites.harness import provenance
-from suites.harness.plan import Planned
+from suites.harness.plan import FINISHED, Planned
 from suites.harness.run import Run
+
+DEFAULT_STORE = Path("results/raw")
 
 
 def report_path(store: Path, out: Path | None, title: str) -> Path:
@@ -22,15 +24,20 @@ def report_path(store: Path, out: Path | None, title: str) -> Path:
 def write(store: Path, out: Path | None, *, title: str, overrides: list[str] | None) -> Path:
     from analysis.report import write_report
 
-    command = ["run", *overrides] if overrides else ["report", "--results", str(store)]
+    command = command_of("run" if overrides else "report", overrides or [], store)
     folder = report_path(store, out, title).parent
-    return write_report(
-        store, folder, title=title, command=shlex.join(["aerie", *command]), frame=frame_of(store)
-    )
+    return write_report(store, folder, title=title, command=command, frame=frame_of(store))
+
+
+def command_of(name: str, overrides: list[str], store: Path) -> str:
+    """The command line that was typed, as far as it chooses runs and their place."""
+    place = [] if store == DEFAULT_STORE else ["--results", str(store)]
+    return shlex.join(["aerie", name, *overrides, *place])
 
 
 def frame_of(store: Path) -> Any:
-    """The tidy frame, with is_current filled in: whether our build is the one that ran."""
+    """The tidy frame with is_current filled in (our build is the one that ran), and is_counted as
+    the planner counts: the last finished attempt of our build, else of any, else the last."""
     import analysis
 
     frame = analysis.load(store)
@@ -40,7 +47,14 @@ def frame_of(store: Path) -> Any:
             frame["suite"], frame["backend"], frame["device_kind"], strict=True
         )
     ]
-    return frame.assign(is_current=(frame["build"] == ours).astype("boolean"))
+    is_current = frame["build"] == ours
+    is_finished = frame["outcome"].isin(FINISHED)
+    worth = is_finished.astype(int) + (is_finished & is_current)
+    place = worth.astype(str) + frame["attempt"]  # attempts sort by time
+    is_counted = place == place.groupby(frame["run_id"]).transform("max")
+    return frame.assign(
+        is_current=is_current.astype("boolean"), is_counted=is_counted.astype("boolean")
+    )
 
 
 def print_side_by_side(store: Path, run_ids: set[str]) -> None:
@@ -79,7 +93,7 @@ def between_backends(store: Path, planned: list[Planned]) -> Iterator[dict[str, 
             "family": run.model.family,
             "dtype": run.dtype,
             "field": field,
-            "relative_error": found[field],
+            "relative_error": found[field] if np.isfinite(found[field]) else None,
             "tolerance": limits[field],
             "is_within": found[field] <= limits[field],
         }

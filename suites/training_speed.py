@@ -41,6 +41,8 @@ class Suite:
 
     def __post_init__(self) -> None:
         for seq_len in self.seq_lens:
+            if seq_len < 1:
+                raise ValueError(f"suite.seq_lens={list(self.seq_lens)}; must be at least 1.")
             if self.tokens_per_step < seq_len:
                 raise ValueError(
                     f"suite.tokens_per_step={self.tokens_per_step} is less than one sequence of "

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import pytest
 
-from suites import compose
+from suites import compose, reports
 from suites.__main__ import _complete, main
 from suites.harness import plan, provenance
 from suites.harness.execute import Task
 from suites.harness.measure import sample
-from suites.harness.record import write
+from suites.harness.record import read_all, write
 
 AERIE = Path(sys.executable).with_name("aerie")
 ONE = ("suite=training_speed", "family=hawk", "suite.rounds=1", "suite.seq_lens=[256]")
@@ -121,6 +121,11 @@ def test_plan_of_griffin_7b_knows_the_paper():
         (["run", *ONE, "data=text"], "data.paths"),
         (["run", *ONE, "data=text", "data.paths=[no/such/file.txt]"], "file.txt"),
         (["run"], "experiment=quickstart"),
+        (["run", *ONE, "suite.seq_lens=[0]"], "at least 1"),
+        (["run", *ONE, "model.num_layers=range(5,1)"], "sweeps over nothing"),
+        (["run", *ONE, "model.rope_fraction=interval(0,1)"], "interval(0,1)"),
+        (["run", *ONE, "model.rope_base=inf"], "finite"),
+        (["run", *ONE, "--results", "file/below"], "file"),
         (["rnu"], "'run'"),
         (["plan", "--jsn"], "--json"),
         (["report"], "--results"),
@@ -132,6 +137,7 @@ def test_a_wrong_request_is_one_line_and_2(tmp_path, here, monkeypatch, argument
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "compare":
         finished(tmp_path / "results" / "raw", *ONE)
+    (tmp_path / "file").write_text("a file, where a folder is needed")
     done = here(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -164,6 +170,27 @@ def test_the_exit_code_is_how_the_runs_ended(tmp_path, here, outcome, code):
     told = json.loads(done.stdout)
     assert told["outcomes"] == {outcome: 1}
     assert told["num_started"] == 0
+
+
+def test_a_damaged_record_is_named_in_one_line(tmp_path, here):
+    finished(tmp_path, *ONE)
+    (path,) = tmp_path.rglob("2*.json")
+    path.write_text("{")
+    for command in ("status", "plan", "run"):
+        done = here(command, *ONE, "--results", tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert str(path) in done.stderr
+
+
+def test_the_report_counts_the_attempt_that_the_plan_counts(tmp_path):
+    """A later attempt of another build does not hide the finished one of ours."""
+    finished(tmp_path, *ONE)
+    (ours,) = read_all(tmp_path)
+    write(tmp_path, replace(ours, build="older.code", attempt="29990101T000000"))
+    frame = reports.frame_of(tmp_path).drop_duplicates("attempt").set_index("attempt")
+    assert frame["is_counted"].to_dict() == {ours.attempt: True, "29990101T000000": False}
+    assert frame["is_current"].to_dict() == {ours.attempt: True, "29990101T000000": False}
 
 
 def test_a_thousand_runs_are_counted_and_reported_soon(tmp_path):

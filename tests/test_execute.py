@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,11 @@ def test_every_end_is_a_record_with_its_reason(stub):
     for name, record in records.items():
         assert (record.reason is None) == (record.phase is None) == (name == "done"), name
     assert records["compile"].phase == "compile"
+    assert records["kill"].phase == "measure"  # it could not say so itself
     assert [s.metric for s in records["raise"].samples] == ["init_time_s", "step_time_ms"]
     folder = stub / "runs" / records["raise"].run_id
     assert "a bug" in next(folder.glob("*.traceback.txt")).read_text()
-    assert not list(stub.glob("runs/*/.t*"))
+    assert not list(stub.glob("runs/*/.[tp]*"))  # tasks, phases and temporary files
     assert not list((stub / "claims").glob("[!.]*"))
 
 
@@ -110,6 +112,27 @@ def test_a_record_says_where_it_ran_and_what_it_must_cost(stub):
                                  "cache_bytes", "predicted_peak_memory_bytes"}  # fmt: skip
     assert record.block
     assert record.order == 0
+
+
+def test_a_record_names_the_build_that_ran_and_not_the_planned_one(stub):
+    (planned,) = plan.plan(stub, [stub_run()])
+    sweep(stub, [replace(planned, build="older.code")], Cluster(name="here", executor="local"))
+    (record,) = read_all(stub)
+    assert record.build == planned.build
+
+
+def test_a_child_runs_our_code_whatever_folder_it_is_started_in(stub, monkeypatch, tmp_path):
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "__init__.py").write_text("raise ImportError('another checkout')")
+    monkeypatch.chdir(tmp_path)
+    assert list(go(stub, [stub_run()]).outcomes.values()) == ["completed"]
+
+
+def test_a_stale_out_of_memory_proves_nothing_once_it_completes(stub):
+    small, large = stub_run(seq_len=8), stub_run(seq_len=16)
+    planned = plan.plan(stub, [small, large])
+    result = sweep(stub, planned, Cluster(name="here", executor="local"), proven=[small])
+    assert list(result.outcomes.values()) == ["completed", "completed"]
 
 
 def test_a_child_out_of_address_space_does_not_stop_the_sweep(stub, monkeypatch):

@@ -172,6 +172,17 @@ def test_another_question_of_the_same_engine_is_verified_too():
     assert set(derive.summary(frame)["parity"]) == {"green"}
 
 
+def test_an_older_engine_keeps_its_own_parity():
+    """Parity of the new engine, red or green, says nothing of speeds of the old one."""
+    old = training("griffin", "jax", 0, build="old.q"), parity("griffin", "jax", build="old.q")
+    later = {"build": "new.q", "attempt": "29990101T000000", "outcome": "invalid_measurement"}
+    frame = frame_of([*old, parity("griffin", "jax", **later)])
+    assert set(derive.summary(frame)["parity"]) == {"green"}
+    speed = training("griffin", "jax", 1, build="new.q")
+    frame = frame_of([*old, parity("griffin", "jax", **later), speed])
+    assert sorted(derive.processes(frame)["parity"].unique()) == ["green", "red"]
+
+
 def test_size_alone_does_not_lose_the_parity_of_tiny():
     big = training("griffin", "jax", 0, model={"size": "1b", "d_model": 2048, "num_heads": 16})
     assert set(derive.summary(frame_of([parity("griffin", "jax"), big]))["parity"]) == {"green"}

@@ -88,10 +88,6 @@ def test_bootstrap_takes_over_at_twenty_rounds():
 
 def test_outliers_are_flagged_and_kept():
     values = [10.0, 10.1, 9.9, 10.05, 30.0, 9.95]
-    assert statistics.is_outlier(values).tolist() == [False] * 4 + [True, False]
-    assert statistics.per_process_median(values) == pytest.approx(10.025)
-    assert not statistics.is_outlier([10.0, 10.0, 10.0, 10.0, 10.2]).any()  # 2% is no outlier
-
     samples = tuple(sample("step_time_ms", v, repeat=i) for i, v in enumerate(values))
     cell = derive.summary(frame_of([record(samples=samples)])).iloc[0]
     assert cell["num_outliers"] == 1

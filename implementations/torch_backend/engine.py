@@ -250,11 +250,12 @@ def decode_step(
 
 
 def find_device(device_kind: str) -> torch.device:
-    """The CPU, or the current CUDA device for every other kind."""
+    """The CPU, or the current CUDA device where its own name holds the kind (h200)."""
     if device_kind == CPU:
         return torch.device(CPU)
-    if not torch.cuda.is_available():
-        raise Unsupported(f"PyTorch finds no device {device_kind!r} here; it finds: cpu.")
+    found = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+    if device_kind.lower() not in found.lower():
+        raise Unsupported(f"PyTorch finds no device {device_kind!r} here; it finds: {found}.")
     return torch.device("cuda", torch.cuda.current_device())
 
 

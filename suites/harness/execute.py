@@ -12,7 +12,7 @@ import socket
 import time
 import traceback
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from implementations.engine import Unsupported, load_engine
 from suites.harness import data, measure, provenance
 from suites.harness.executors import Ended
-from suites.harness.record import Record, Sample, record_path, write
+from suites.harness.record import PHASES, Record, Sample, record_path, write
 from suites.harness.run import Run
 
 # What allocators, loaders and thread pools say when an address space limit stops them.
@@ -81,6 +81,8 @@ def utc_now() -> str:
 def execute(store: Path, task: Task) -> Record:
     """Runs the task, writes its record, returns it."""
     started_at, start = utc_now(), time.perf_counter()
+    task = replace(task, build=build_now(task.run))  # code may have changed since the plan
+    measure.keep_phase_in(phase_path(store, task))
     samples: list[Sample] = []
     found: dict[str, Any] = {}
     outcome, reason = "completed", None
@@ -111,6 +113,12 @@ def execute(store: Path, task: Task) -> Record:
     return record
 
 
+def build_now(run: Run) -> str:
+    """The build key of the code, the libraries and the device as they are found now."""
+    device = provenance.device_name(run.device_kind)
+    return provenance.build_key(run.suite, run.backend, device)
+
+
 def seen(run: Run) -> dict[str, Any]:
     """What is known of machine and code without an engine."""
     return provenance.machine() | {
@@ -121,17 +129,14 @@ def seen(run: Run) -> dict[str, Any]:
     }
 
 
-def ended_without_record(task: Task, ended: Ended, log: str, started_at: str, seconds: float):
-    """The record of a child that died before it could write one."""
-    outcome, reason = verdict(ended, log)
-    return task.record(
-        outcome,
-        reason=reason,
-        phase="start",
-        provenance=seen(task.run),
-        started_at=started_at,
-        seconds=seconds,
-    )
+def phase_path(store: Path, task: Task) -> Path:
+    """Where a running child says what it is doing; the parent removes it."""
+    return record_path(store, task.run.run_id, f".phase-{task.attempt}")
+
+
+def last_phase(store: Path, task: Task) -> str:
+    path = phase_path(store, task)
+    return (path.read_text(encoding="utf-8") if path.exists() else "") or PHASES[0]
 
 
 def verdict(ended: Ended, log: str) -> tuple[str, str]:

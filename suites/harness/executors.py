@@ -66,13 +66,13 @@ class Executor(Protocol):
     def cancel(self, handle: str) -> None:
         """Stops the task and all it started; returns when it is gone."""
 
-    def logs(self, handle: str) -> str: ...
+    def logs(self, handle: str) -> str:
+        """What it printed, also after its end."""
 
 
 @dataclass
 class _Child:
     process: subprocess.Popen
-    log: Path
     slot: int
     pidfd: int | None
     kills_before: int | None
@@ -87,6 +87,7 @@ class Local:
     store: Path
     parallelism: int = 1
     _children: dict[str, _Child] = field(default_factory=dict)
+    _logs: dict[str, Path] = field(default_factory=dict)
 
     def submit(self, task: Path) -> str:
         slot = min(set(range(self.parallelism)) - {c.slot for c in self._children.values()})
@@ -107,7 +108,8 @@ class Local:
             )
         handle = str(process.pid)
         kills = provenance.num_out_of_memory_kills()
-        self._children[handle] = _Child(process, log, slot, _pidfd(process.pid), kills)
+        self._children[handle] = _Child(process, slot, _pidfd(process.pid), kills)
+        self._logs[handle] = log
         return handle
 
     def poll(self, handle: str) -> Ended | None:
@@ -117,6 +119,8 @@ class Local:
         if returncode is None:
             return None
         self._forget(handle)
+        if not self._logs[handle].stat().st_size:
+            self._logs[handle].unlink()
         kills = provenance.num_out_of_memory_kills()
         if kills is not None and child.kills_before is not None:
             kills -= child.kills_before
@@ -130,14 +134,16 @@ class Local:
         select.select(pidfds, [], [], seconds)
 
     def cancel(self, handle: str) -> None:
-        child = self._children[handle]
+        if (child := self._children.get(handle)) is None:  # it has ended
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGKILL)
         child.process.wait()
         self._forget(handle)
 
     def logs(self, handle: str) -> str:
-        return self._children[handle].log.read_text(encoding="utf-8", errors="replace")
+        log = self._logs[handle]
+        return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
     def _forget(self, handle: str) -> None:
         child = self._children.pop(handle)
@@ -154,6 +160,9 @@ def environment(cores: list[int], device_kind: str) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
+        # our own code, and not another checkout's that the command was started in
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(provenance.ROOT), *_python_path()))),
+        "PYTHONSAFEPATH": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONUNBUFFERED": "1",
         "NVIDIA_TF32_OVERRIDE": "0",
@@ -165,6 +174,10 @@ def environment(cores: list[int], device_kind: str) -> dict[str, str]:
     if device_kind == CPU:
         pinned |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return os.environ | pinned
+
+
+def _python_path() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def _device_kind(task: Path) -> str:

@@ -38,6 +38,7 @@ class OutOfMemoryPredicted(MemoryError):
 # Where a run is, for typed outcomes and progress.
 
 _phase = PHASES[0]
+_phase_file: Path | None = None
 _progress: Callable[[int, int], None] | None = None
 
 
@@ -46,10 +47,18 @@ def phase(name: str) -> None:
     global _phase
     assert name in PHASES, name
     _phase = name
+    if _phase_file is not None:
+        _phase_file.write_text(name, encoding="utf-8")
 
 
 def current_phase() -> str:
     return _phase
+
+
+def keep_phase_in(path: Path) -> None:
+    """From now on the phase is in this file too, for whoever finds this process dead."""
+    global _phase_file
+    _phase_file = path
 
 
 def progress(done: int, total: int) -> None:

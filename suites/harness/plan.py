@@ -157,7 +157,14 @@ def plan(store: Path, runs: Iterable[Run]) -> list[Planned]:
 def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
     """Records of one run as plain values, oldest first."""
     paths = sorted((store / "runs" / run_id).glob("[!.]*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [_record(path) for path in paths]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no record ({error}); remove it, or put it right.") from None
 
 
 def judge(

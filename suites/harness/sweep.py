@@ -5,13 +5,21 @@ import json
 import os
 import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from suites.harness import claims, plan
-from suites.harness.execute import Task, ended_without_record, new_attempt, seen, utc_now
+from suites.harness.execute import (
+    Task,
+    last_phase,
+    new_attempt,
+    phase_path,
+    seen,
+    utc_now,
+    verdict,
+)
 from suites.harness.executors import Cluster, Executor, Local
 from suites.harness.plan import Planned
 from suites.harness.record import Record, record_path, write, write_atomically
@@ -28,9 +36,6 @@ class Result:
     num_started: int = 0
     elsewhere: list[str] = field(default_factory=list)  # runs that another process measures
     is_interrupted: bool = False
-
-    def counts(self) -> Counter:
-        return Counter(self.outcomes.values())
 
 
 @dataclass
@@ -62,6 +67,7 @@ def sweep(
     def end(handle: str, record: Record) -> None:
         job = running.pop(handle)
         job.path.unlink(missing_ok=True)
+        phase_path(store, job.task).unlink(missing_ok=True)
         claims.release(store, record.run_id)
         _finish(job.planned, record)
 
@@ -69,6 +75,8 @@ def sweep(
         result.outcomes[record.run_id] = record.outcome
         if record.outcome == "out_of_memory":
             proven.append(planned.run)
+        elif planned.run in proven:
+            proven.remove(planned.run)
         on_end(planned, record)
 
     with _terminable():
@@ -79,8 +87,9 @@ def sweep(
                     if not claims.claim(store, planned.run.run_id):
                         result.elsewhere.append(planned.run.run_id)
                         continue
-                    if _was_finished_meanwhile(store, planned):
+                    if outcome := _outcome_meanwhile(store, planned):
                         claims.release(store, planned.run.run_id)
+                        result.outcomes[planned.run.run_id] = outcome
                         continue
                     task = _task(planned, session)
                     smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
@@ -103,7 +112,8 @@ def sweep(
             with _deaf():
                 for handle, job in list(running.items()):
                     executor.cancel(handle)
-                    record = _read(store, job.task) or _killed(job, "cancelled", "interrupted")
+                    record = _read(store, job.task)
+                    record = record or _killed(store, job, "cancelled", "interrupted")
                     write(store, record)
                     end(handle, record)
     return result
@@ -114,20 +124,16 @@ def _look(
 ) -> Record | None:
     """The record of a job that has ended, written by its child or here; None while it runs."""
     seconds = time.perf_counter() - job.start
-    log = job.path.with_name(f"{job.task.attempt}.log")
     if (ended := executor.poll(handle)) is not None:
         record = _read(store, job.task)
         if record is None:
-            text = log.read_text(encoding="utf-8", errors="replace")
-            record = ended_without_record(job.task, ended, text, job.started_at, seconds)
+            record = _killed(store, job, *verdict(ended, executor.logs(handle)))
             write(store, record)
-        if log.exists() and not log.stat().st_size:
-            log.unlink()
         return record
     if seconds > cluster.run_limit_s:
         executor.cancel(handle)
         reason = f"longer than cluster.run_limit_s={cluster.run_limit_s:g}"
-        record = _read(store, job.task) or _killed(job, "timed_out", reason)
+        record = _read(store, job.task) or _killed(store, job, "timed_out", reason)
         write(store, record)
         return record
     return None
@@ -151,13 +157,14 @@ def _job(store: Path, planned: Planned, task: Task) -> _Running:
     return _Running(planned, task, path, utc_now(), time.perf_counter())
 
 
-def _was_finished_meanwhile(store: Path, planned: Planned) -> bool:
-    """Another sweep may have finished the run between our plan and our claim."""
-    return any(
-        record["build"] == planned.build and record["outcome"] in plan.FINISHED
+def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
+    """Of a run that another sweep has finished between our plan and our claim."""
+    ends = [
+        record["outcome"]
         for record in plan.attempts(store, planned.run.run_id)
-        if record["outcome"] != "out_of_memory_predicted"
-    )
+        if record["build"] == planned.build and record["outcome"] in plan.FINISHED
+    ]
+    return next((end for end in reversed(ends) if end != "out_of_memory_predicted"), None)
 
 
 def _read(store: Path, task: Task) -> Record | None:
@@ -167,11 +174,12 @@ def _read(store: Path, task: Task) -> Record | None:
     return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _killed(job: _Running, outcome: str, reason: str) -> Record:
+def _killed(store: Path, job: _Running, outcome: str, reason: str) -> Record:
+    """The record of a child that could not write its own."""
     return job.task.record(
         outcome,
         reason=reason,
-        phase="start",
+        phase=last_phase(store, job.task),
         provenance=seen(job.task.run),
         started_at=job.started_at,
         seconds=time.perf_counter() - job.start,
