@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
+from analysis.load import SAMPLE_COLUMNS
 from suites.harness.record import METRICS
 
 # The metrics that tables show, by suite, the first being the suite's own question.
@@ -67,9 +68,10 @@ def _remembered(function: Callable) -> Callable:
 
 @_remembered
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: the attempt that counts."""
+    """One row a run: the attempt that counts, without its samples."""
     counted = frame[frame["is_counted"].fillna(False).astype(bool)]
-    return counted.drop_duplicates("attempt").reset_index(drop=True)
+    runs = counted.drop_duplicates("attempt").drop(columns=list(SAMPLE_COLUMNS))
+    return runs.reset_index(drop=True)
 
 
 @_remembered

@@ -24,7 +24,8 @@ def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     store = synthetic.quickstart(folder / "store")
     lost = record("training_speed", "mqa", "jax", outcome="out_of_memory", seq_len=1024,
-                  reason="killed at <7.9> GiB")  # fmt: skip
+                  reason="killed at <7.9> GiB",
+                  samples=(sample("init_time_s", 0.016),))  # fmt: skip
     write(store, lost)
     write(store, training("mqa", "torch", 0, 1024))
     path = analysis.write_report(
