@@ -75,7 +75,7 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
         reasons = Counter(item.reason for item in planned)
         pending = sum(item.is_pending for item in planned)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        print(f"{len(planned)} runs, {pending} would start: {words}.")
+        print(f"{display.count(len(planned), 'run')}, {pending} would start: {words}.")
     return AS_PLANNED
 
 
@@ -107,7 +107,7 @@ def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
         for suite, by_outcome in sorted(counts.items())
     ]
     display.print_table(["suite", *outcomes], rows)
-    print(f"{len(found)} runs; {len(running)} being measured now.")
+    print(f"{display.count(len(found), 'run')}; {len(running)} being measured now.")
     return AS_PLANNED
 
 
@@ -342,13 +342,14 @@ def _sweep(
         )
     if result.elsewhere:
         print(
-            f"{len(result.elsewhere)} runs are being measured by another aerie run.",
+            f"another aerie run measures {display.count(len(result.elsewhere), 'run')} of these.",
             file=sys.stderr,
         )
     if result.is_interrupted:
         left = len(todo) - len(result.outcomes)
         again = reports.command_of("run", overrides, store)
-        print(f"interrupted; {left} runs not started. To go on: {again}", file=sys.stderr)
+        left = display.count(left, "run")
+        print(f"interrupted; {left} not started. To go on: {again}", file=sys.stderr)
     return result, planned
 
 
@@ -414,14 +415,14 @@ def _measured_now(store: Path) -> list[str]:
 
 def _print_ends(planned: list[Planned], result: Result) -> None:
     words = ", ".join(f"{count} {outcome}" for outcome, count in _final(planned, result).items())
-    print(f"\n{len(planned)} runs: {words}.")
+    print(f"\n{display.count(len(planned), 'run')}: {words}.")
     rounds = {}
     for item in planned:
         if item.block:
             rounds.setdefault(item.run.suite, set()).add(item.run.round)
     few = [len(seen) for seen in rounds.values() if len(seen) < 6]
     if few:
-        rounds = "1 round is" if min(few) == 1 else f"{min(few)} rounds are"
+        rounds = display.count(min(few), "round") + (" is" if min(few) == 1 else " are")
         print(f"{rounds} too few for a verdict; use suite.rounds=6 or more.")
     seeds = {item.run.seed for item in planned if _reads_text(item.run)}
     if len(seeds) == 1:

@@ -45,6 +45,11 @@ def number(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
+def count(number: int, word: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def size(num_bytes: float | None) -> str:
     """Bytes in the binary unit that reads best."""
     if num_bytes is None:
