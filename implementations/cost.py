@@ -102,9 +102,15 @@ def train_memory_bytes(
 def inference_memory_bytes(
     config: ModelConfig, *, batch_size: int, prompt_len: int, capacity: int, dtype: str
 ) -> int:
-    """Predicted peak of prefill and decode: weights, cache, and one layer of prompt activations."""
+    """Predicted peak of prefill and decode: weights, cache, and one layer of prompt activations.
+
+    An engine keeps its float32 weights beside those cast to bfloat16.
+    """
     size = ITEMSIZE[dtype]
+    weights = param_bytes(config, dtype)
+    if size < ITEMSIZE["float32"]:
+        weights += param_bytes(config, "float32")
     widest = max(4 * config.d_mlp, 6 * config.d_rnn, 4 * config.num_heads * config.head_dim)
     activations = batch_size * prompt_len * (widest + 2 * config.d_model) * size
     cache = cache_bytes(config, batch_size=batch_size, capacity=capacity, dtype=dtype)
-    return param_bytes(config, dtype) + cache + activations
+    return weights + cache + activations

@@ -26,9 +26,7 @@ class Kernels:
     linear_scan: str = "auto"
     attention: str = "auto"
     interpret: bool = False  # run Triton and Pallas kernels in their interpreters: correctness only
-    compile: bool = (
-        False  # torch.compile the training step and the decode loop; JAX always compiles
-    )
+    compile: bool = False  # torch.compile training, prefill and decode steps; JAX always compiles
 
     def __post_init__(self) -> None:
         choose("linear_scan", self.linear_scan, LINEAR_SCANS, "kernels")

@@ -57,6 +57,18 @@ def test_a_compiled_decode_step_follows_every_batch_and_every_new_weight():
     np.testing.assert_array_equal(got, want)
 
 
+def test_two_engines_in_one_process_keep_their_programs_apart():
+    """Equal shapes, other constants inside the program: the first one's must not be taken."""
+    other = replace(CONFIG, rope_base=100.0, rms_norm_eps=1e-2)
+    prompt_BT = tokens_of(3, 11)
+    for config in (CONFIG, other):
+        want, got = (
+            decoded(load_engine("torch")(config, kernels=Kernels(compile=c)), prompt_BT, 13)
+            for c in (False, True)
+        )
+        np.testing.assert_array_equal(got, want)
+
+
 def test_decoding_between_training_steps_uses_the_latest_weights():
     """In bfloat16 the weights of decoding are a copy, made anew after a step."""
     batch, prompt_BT = Batch.of(tokens_of(2, 26)), tokens_of(2, 9)

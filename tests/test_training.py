@@ -72,6 +72,20 @@ def test_activation_checkpointing_changes_no_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_gradients_of_many_tokens_do_not_stop_growing(backend):
+    """Sums over 8,192 tokens, half of them the same, against float32. Measured: 1.4e-2 in both;
+    summed in bfloat16, 0.69 of embedding.weight and 0.55 of conv_1d.bias were lost."""
+    config = tiny("griffin", pattern=("rg_lru", "mqa"), num_layers=2)
+    tokens_BT = np.minimum(np.random.default_rng(0).geometric(0.5, (32, 257)) - 1, 255)
+    batch = Batch.of(tokens_BT)
+    _, true = load_engine(backend)(config).loss_and_grad(batch)
+    _, ours = load_engine(backend)(config, dtype="bfloat16").loss_and_grad(batch)
+    for name, grad in true.items():
+        error = np.abs(ours[name] - grad).max() / np.abs(grad).max()
+        assert error < 5e-2, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loaded_state_continues_as_if_never_stopped(backend):
     first, second, third = batches(3)
     engine, _ = trained(backend, [first, second])

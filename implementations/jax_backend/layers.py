@@ -13,17 +13,28 @@ from implementations.engine import IGNORED
 def linear(params: dict, x: Array) -> Array:
     """x @ weight + bias. Rows are flattened first: XLA takes its fast matrix product for 2D alone
     (on 2 CPU cores, [4, 1024, 256] @ [256, 768] with its gradients: 50 ms, not 94)."""
-    y = x.reshape(-1, x.shape[-1]) @ params["weight"]
-    y = y + params["bias"] if "bias" in params else y
+    y = add_bias(x.reshape(-1, x.shape[-1]) @ params["weight"], params)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def add_bias(y: Array, params: dict) -> Array:
+    """y + bias, where there is one, in at least float32: the gradient is a sum over all tokens, and
+    one in bfloat16 stops growing at 256 equal terms."""
+    if "bias" not in params:
+        return y
+    return (exact(y) + exact(params["bias"])).astype(y.dtype)
+
+
+def exact(x: Array) -> Array:
+    """x in float32, or in float64 when it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rms_norm(params: dict, x: Array, eps: float) -> Array:
     """x / rms(x) * (1 + scale), in float32 (float64 in float64)."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(dtype)
+    wide = exact(x)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * (1 + params["scale"].astype(dtype))).astype(x.dtype)
+    return (wide * (1 + exact(params["scale"]))).astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -35,19 +46,18 @@ def causal_conv(
     params: dict, x_BTR: Array, position_BT: Array, conv_BWR: Array
 ) -> tuple[Array, Array]:
     """One filter a channel over time; weight[-1] meets the current input. Carries conv_width - 1
-    inputs; those from before the document start count as 0."""
-    weight_WR = params["weight"]
+    inputs; those from before the document start count as 0. Products are float32, as the gradient
+    of a tap is a sum over all tokens."""
+    weight_WR = exact(params["weight"])
     T, width = x_BTR.shape[1], weight_WR.shape[0]
     past_BTR = jnp.concatenate([conv_BWR, x_BTR], axis=1)
-    y_BTR = x_BTR * weight_WR[-1]
+    y_BTR = exact(x_BTR) * weight_WR[-1]
     for offset in range(1, width):
         start = width - 1 - offset
         inside_BT1 = (position_BT >= offset)[:, :, None]
         shifted_BTR = jnp.where(inside_BT1, past_BTR[:, start : start + T], 0)
-        y_BTR = y_BTR + shifted_BTR * weight_WR[width - 1 - offset]
-    if "bias" in params:
-        y_BTR = y_BTR + params["bias"]
-    return y_BTR, past_BTR[:, T:]
+        y_BTR = y_BTR + exact(shifted_BTR) * weight_WR[width - 1 - offset]
+    return add_bias(y_BTR, params).astype(x_BTR.dtype), past_BTR[:, T:]
 
 
 def block_diagonal(params: dict, x_BTR: Array) -> Array:
@@ -55,8 +65,7 @@ def block_diagonal(params: dict, x_BTR: Array) -> Array:
     B, T, R = x_BTR.shape
     G, width, _ = params["weight"].shape
     x = x_BTR.reshape(B * T, G, width).swapaxes(0, 1)  # G leads: a plain batch of products
-    y_BTR = (x @ params["weight"]).swapaxes(0, 1).reshape(B, T, R)
-    return y_BTR + params["bias"] if "bias" in params else y_BTR
+    return add_bias((x @ params["weight"]).swapaxes(0, 1).reshape(B, T, R), params)
 
 
 def mlp(params: dict, x_BTD: Array) -> Array:
@@ -64,8 +73,9 @@ def mlp(params: dict, x_BTD: Array) -> Array:
     return linear(params["linear_down"], gate_BTF * linear(params["linear_up"], x_BTD))
 
 
-def embed(params: dict, tokens_BT: Array, *, is_scaled: bool) -> Array:
-    x_BTD = params["weight"][tokens_BT]
+def embed(params: dict, tokens_BT: Array, dtype: jnp.dtype, *, is_scaled: bool) -> Array:
+    """Rows in dtype. Their gradient is summed in the dtype of the weight."""
+    x_BTD = params["weight"][tokens_BT].astype(dtype)
     return x_BTD * jnp.asarray(x_BTD.shape[-1] ** 0.5, x_BTD.dtype) if is_scaled else x_BTD
 
 

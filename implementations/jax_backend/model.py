@@ -67,7 +67,8 @@ def forward(
     activation_checkpointing: bool = False,
 ) -> tuple[Array, tuple | None]:
     """(The last norm's output [B, T, D], states). states=None: empty, and none come back."""
-    x_BTD = embed(params["embedding"], tokens_BT, is_scaled=config.scale_embeddings)
+    dtype = params["final_norm"]["scale"].dtype
+    x_BTD = embed(params["embedding"], tokens_BT, dtype, is_scaled=config.scale_embeddings)
     new_states = []
     for index, name in enumerate(config.layer_mixers):
         run = partial(layer, name=name, config=config, kernels=kernels)
@@ -116,9 +117,9 @@ def loss(
     activation_checkpointing: bool = False,
 ) -> Array:
     """Mean over scored targets, nats; params in the master dtype."""
-    params = cast(params, dtype)
+    embedding, params = params["embedding"], cast(params, dtype)
     x_BTD, _ = forward(
-        params,
+        params | {"embedding": embedding},  # not cast: tokens that recur sum up in float32
         batch.tokens_BT,
         batch.position_BT,
         None,

@@ -19,8 +19,9 @@ from implementations.torch_backend.layers import cross_entropy
 from implementations.torch_backend.optimizer import adamw, clip_by_global_norm, learning_rate
 
 MAX_PROGRAMS = 256  # of one function: shapes that one process may compile
-# A token of a small model takes under a millisecond, and what is not arithmetic shows: the modules
-# never change between steps (0.09 ms of checks a token), a C++ caller is faster than a Python one.
+# A token of a small model takes under a millisecond, and what is not arithmetic shows: checking the
+# modules takes 0.09 ms a token (their settings, in one string, are checked instead), and a C++
+# caller is faster than a Python one.
 UNCHANGED = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 DECODE_OPTIONS = {
     "cpu": UNCHANGED | {"cpp_wrapper": True, "size_asserts": False},
@@ -72,7 +73,9 @@ class Engine:
         self.model = model.Model(config, resolved, self.dtype)
         self.model.to(self.device, self.master_dtype)
         self._loss = self._compiled(self.model.loss)
+        self._forward = self._compiled(forward)
         self._decode_step = self._compiled(decode_step, DECODE_OPTIONS[self.device.type])
+        self._settings = repr((config, resolved, dtype))
         self._optimizer: torch.optim.AdamW | None = None
         self.load_parameters(parameters.draw(config, seed))
 
@@ -169,7 +172,9 @@ class Engine:
         position_BT = torch.full((token_B.shape[0], 1), position, device=self.device)
         model, tokens = self._compute_model, []
         for _ in range(num_tokens):
-            token_B, position_BT, states = self._decode_step(model, token_B, position_BT, states)
+            token_B, position_BT, states = self._decode_step(
+                self._settings, model, token_B, position_BT, states
+            )
             tokens.append(token_B)
         return torch.stack(tokens, 1), Cache(states, position + num_tokens)
 
@@ -226,7 +231,7 @@ class Engine:
         states, position = cache
         position_BT = torch.arange(position, position + T, device=self.device).expand(B, T)
         tokens_BT = torch.tensor(tokens_BT, device=self.device)
-        x_BTD, states = self._compute_model(tokens_BT, position_BT, states)
+        x_BTD, states = self._forward(self._compute_model, tokens_BT, position_BT, states)
         return x_BTD, Cache(states, position + T)
 
     def _check_room(self, cache: Cache, num_tokens: int) -> None:
@@ -242,9 +247,17 @@ def next_token(model: model.Model, x_BTD: Tensor) -> Tensor:
     return model.unembed(x_BTD[:, -1]).argmax(-1)
 
 
+def forward(
+    model: model.Model, tokens_BT: Tensor, position_BT: Tensor, states: tuple
+) -> tuple[Tensor, tuple]:
+    return model(tokens_BT, position_BT, states)
+
+
 def decode_step(
-    model: model.Model, token_B: Tensor, position_BT: Tensor, states: tuple
+    settings: str, model: model.Model, token_B: Tensor, position_BT: Tensor, states: tuple
 ) -> tuple[Tensor, Tensor, tuple]:
+    """settings is all that makes the model's program: it is checked where the modules are not."""
+    assert settings
     x_BTD, states = model(token_B[:, None], position_BT, states)
     return next_token(model, x_BTD), position_BT + 1, states
 
