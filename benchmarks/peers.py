@@ -60,7 +60,7 @@ MODEL = ModelConfig(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a contestant")
+    parser.add_argument("--rounds", type=int, default=4, help="processes a contestant")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
