@@ -102,11 +102,12 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         save(Path(path), ours)
     progress(1, 2)
     phase("evaluate")
-    found = errors(ours, truth(run, ours["decode"]))
+    true = truth(run, ours["decode"])
+    found = errors(ours, true)
     progress(2, 2)
 
     red = []  # (error over tolerance, field, what is wrong)
-    limits = tolerances(run, ours)
+    limits = tolerances(run, true)
     for field, error in found.items():
         limit = limits[field]
         yield sample("tolerance", limit, field=field)
@@ -123,8 +124,9 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         )
 
 
-def tolerances(run: Run, values: dict[str, np.ndarray]) -> dict[str, float]:
-    """By field: TOLERANCE; of `steps`, more by what the parameters' own dtype cannot resolve.
+def tolerances(run: Run, true: dict[str, np.ndarray]) -> dict[str, float]:
+    """By field: TOLERANCE; of `steps`, more by what the parameters' own dtype cannot resolve of the
+    true ones (of its own, a backend that hardly moves would be allowed anything).
 
     A parameter p that moves by d is rounded after each step, by at most eps / 2 |p|: for a_param,
     near 5 and moving by 3e-4, that is 3e-3 of d after three steps in float32.
@@ -132,7 +134,7 @@ def tolerances(run: Run, values: dict[str, np.ndarray]) -> dict[str, float]:
     start = moved_parameters(run)
     half_ulp = np.finfo(np.float64 if run.dtype == "float64" else np.float32).eps / 2
     found = {}
-    for field, value in values.items():
+    for field, value in true.items():
         patterns = TOLERANCE[run.dtype].items()
         found[field] = next(limit for pattern, limit in patterns if fnmatch(field, pattern))
         kind, _, name = field.partition("/")

@@ -364,15 +364,15 @@ def parity_tensors():
 def test_backends_agree_with_the_truth_and_with_each_other(parity_tensors):
     run = run_of("parity", dtype="float64")
     for backend, ours in parity_tensors.items():
-        found = parity.errors(ours, parity.truth(run, ours["decode"]))
+        true = parity.truth(run, ours["decode"])
+        found, limits = parity.errors(ours, true), parity.tolerances(run, true)
         kinds = Counter(field.split("/")[0] for field in found)
         num_params = len(parameters.param_specs(MODEL))
         assert kinds["grad"] == kinds["steps"] == kinds["parameters"] == num_params
         assert {"logits", "loss", "evaluate", "extend", "decode", "train_loss"} <= kinds.keys()
         for field, error in found.items():
-            assert error <= parity.tolerances(run, ours)[field], (backend, field, error)
+            assert error <= limits[field], (backend, field, error)
     between = parity.compare_tensors(*parity_tensors.values())
-    limits = parity.tolerances(run, parity_tensors["jax"])
     for field, error in between.items():
         assert error <= 2 * limits[field], (field, error)
 
@@ -382,6 +382,8 @@ DEFECTS = {
     "logits": lambda value: value * (1 + 1e-9),
     "grad/layers.0.mixer.conv_1d.bias": lambda value: np.zeros_like(value),
     "steps/layers.1.mlp.linear_up.weight": lambda value: value[:, ::-1],
+    # so small a step that the rounding of the parameter is many times its size
+    "steps/embedding.weight": lambda value: value * 1e-17,
     "extend": lambda value: np.roll(value, 1, axis=1),
     "decode": lambda value: (value + 1) % 256,
     "train_loss": lambda value: value[:-1],
