@@ -29,7 +29,6 @@ import numpy as np
 
 from implementations.config import ModelConfig
 from implementations.engine import Batch, Kernels, load_engine
-from implementations.parameters import draw
 
 BATCH_SIZE, SEQ_LEN, PROMPT_LEN, NUM_NEW_TOKENS = 4, 1024, 64, 256
 REPEATS = 3  # timed in one process, after one that is discarded
@@ -150,9 +149,7 @@ def measure_ours(backend: str, batch: Batch, prompt_BT: np.ndarray) -> tuple:
 def measure_peer(_: str, batch: Batch, prompt_BT: np.ndarray) -> tuple:
     import torch
 
-    from benchmarks.recurrent_gemma import hugging_face
-
-    model = hugging_face(MODEL, draw(MODEL, seed=0))
+    model = load_engine(PEER)(MODEL, seed=0).model
     tokens_BT = torch.from_numpy(np.array(batch.tokens_BT, np.int64))
     targets_BT = torch.from_numpy(np.array(batch.targets_BT, np.int64))
     prompt = torch.from_numpy(np.array(prompt_BT, np.int64))

@@ -11,6 +11,7 @@ from implementations.config import DTYPES, ModelConfig, choose
 ENGINES = {
     "jax": "implementations.jax_backend.engine",
     "torch": "implementations.torch_backend.engine",
+    "transformers": "implementations.transformers_backend.engine",
 }
 LINEAR_SCANS = ("auto", "sequential", "associative", "analytic", "triton", "triton_split",
                 "pallas_tpu", "pallas_gpu")  # fmt: skip
@@ -26,7 +27,8 @@ class Kernels:
     linear_scan: str = "auto"
     attention: str = "auto"
     interpret: bool = False  # run Triton and Pallas kernels in their interpreters: correctness only
-    compile: bool = False  # torch.compile training, prefill and decode steps; JAX always compiles
+    # torch.compile training, prefill and decode steps; JAX always compiles, transformers never
+    compile: bool = False
 
     def __post_init__(self) -> None:
         choose("linear_scan", self.linear_scan, LINEAR_SCANS, "kernels")
@@ -98,7 +100,7 @@ class Engine(Protocol):
     """
 
     config: ModelConfig
-    # op -> the variant that computes it; program -> compiled (JAX always) or eager
+    # op -> the variant that computes it; program -> compiled or eager
     resolved_kernels: dict[str, str]
     device_name: str
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"jax", "torch", "triton", "optax", "hydra", "numpy", "pandas", "rich", "implementations"}
+HEAVY = {"jax", "torch", "triton", "transformers", "optax", "hydra", "numpy", "pandas", "rich",
+         "implementations"}  # fmt: skip
 
 
 def test_the_contracts_hold():

@@ -204,4 +204,5 @@ def test_planning_imports_no_framework(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
-    assert not loaded & {"jax", "torch", "triton", "optax", "pandas", "matplotlib", "submitit"}
+    frameworks = {"jax", "torch", "triton", "transformers", "optax"}
+    assert not loaded & {*frameworks, "pandas", "matplotlib", "submitit"}

@@ -22,8 +22,12 @@ import numpy as np
 from implementations.engine import CPU, ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("numpy", "jax", "jaxlib", "optax", "torch", "triton", "aerie")
-LIBRARIES = {"jax": ("numpy", "jax", "jaxlib", "optax"), "torch": ("numpy", "torch", "triton")}
+PACKAGES = ("numpy", "jax", "jaxlib", "optax", "torch", "triton", "transformers", "aerie")
+LIBRARIES = {
+    "jax": ("numpy", "jax", "jaxlib", "optax"),
+    "torch": ("numpy", "torch", "triton"),
+    "transformers": ("numpy", "torch", "transformers"),
+}
 DEVICE_KINDS = (CPU, "a100", "h100", "h200", "v5e")
 
 
