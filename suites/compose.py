@@ -24,7 +24,8 @@ from implementations.config import build, choose
 from suites.harness.executors import Cluster
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-GROUPS = ("suite", "family", "size", "backend", "data", "optimizer", "cluster")
+MODEL_GROUPS = ("settings", "size", "family")  # together they make a model; later ones win
+GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
 VALUES = ("dtype", "device_kind")
 # `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.
@@ -126,14 +127,14 @@ def _check_root(key: str) -> None:
         raise ValueError(f"unknown key {key!r}. {hint}")
     if not rest and root in SECTIONS:
         raise ValueError(f"{key!r} is a section; set one of its keys, like {key}.window_size=512.")
-    if rest and root in (*VALUES, "family", "size", "backend", "experiment"):
+    if rest and root in (*VALUES, *MODEL_GROUPS, "backend", "experiment"):
         raise ValueError(f"unknown key {key!r}: {root!r} has no keys. Architecture is model.{rest}")
 
 
 def _owner(name: str, known: list[str]) -> str:
     """Where a bare key lives, if some section has it: window_size is model.window_size."""
     files = Files({group: [choice] for group, choice in defaults().items()})
-    sections = {"model": files.model(defaults()["size"], defaults()["family"])}
+    sections = {"model": files.model(*(defaults()[group] for group in MODEL_GROUPS))}
     sections |= {group: files.choice(group, defaults()[group]) for group in ("data", "optimizer")}
     for section, values in sections.items():
         if close := get_close_matches(name, list(values), n=1, cutoff=0.8):
@@ -242,11 +243,12 @@ class Files:
     def __init__(self, groups: dict[str, list[str]]) -> None:
         self._places: dict[tuple[str, ...], str] = {}
         overrides = [f"~{group}" for group in (*defaults(), "suite")]
-        for pair in product(groups["size"], groups["family"]):
-            place = self._place("model", *pair)
-            overrides += [f"+size@{place}={pair[0]}", f"+family@{place}={pair[1]}"]
+        for names in product(*(groups[group] for group in MODEL_GROUPS)):
+            place = self._place("model", *names)
+            chosen = zip(MODEL_GROUPS, names, strict=True)
+            overrides += [f"+{group}@{place}={name}" for group, name in chosen]
         for group, names in groups.items():
-            if group not in ("size", "family"):
+            if group not in MODEL_GROUPS:
                 overrides += [f"+{group}@{self._place(group, name)}={name}" for name in names]
         try:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -255,8 +257,8 @@ class Files:
         except HydraException as error:
             raise ValueError(f"configs: {str(error).splitlines()[0]}") from None
 
-    def model(self, size: str, family: str) -> dict[str, Any]:
-        return self._values["model"] | self._values[self._places["model", size, family]]
+    def model(self, settings: str, size: str, family: str) -> dict[str, Any]:
+        return self._values["model"] | self._values[self._places["model", settings, size, family]]
 
     def choice(self, group: str, name: str) -> dict[str, Any]:
         return self._values[self._places[group, name]]
@@ -264,7 +266,7 @@ class Files:
     def settings(self, chosen: dict[str, str]) -> dict[str, Any]:
         """All sections for one choice of each group."""
         made = {key: self._values[key] for key in ("kernels", *VALUES)}
-        made["model"] = self.model(chosen["size"], chosen["family"])
+        made["model"] = self.model(*(chosen[group] for group in MODEL_GROUPS))
         made["backend"] = self.choice("backend", chosen["backend"])["backend"]
         for group in ("suite", "data", "optimizer", "cluster"):
             made[group] = self.choice(group, chosen[group])

@@ -43,6 +43,7 @@ def runs_of(*overrides):
 def files():
     return compose.Files(
         {
+            "settings": ["paper"],
             "size": [*NON_EMBEDDING, *RECURRENT_GEMMA, "tiny"],
             "family": ["mqa", "mqa_local", "hawk", "griffin"],
         }
@@ -52,18 +53,36 @@ def files():
 def test_every_size_and_family_has_the_papers_parameters(files):
     for size, counts in NON_EMBEDDING.items():
         for family, count in counts.items():
-            config = build(ModelConfig, files.model(size, family), size)
+            config = build(ModelConfig, files.model("paper", size, family), size)
             assert cost.num_params_non_embedding(config) == count, (size, family)
     for size, (total, non_embedding) in RECURRENT_GEMMA.items():
-        config = build(ModelConfig, files.model(size, "griffin"), size)
+        config = build(ModelConfig, files.model("paper", size, "griffin"), size)
         assert cost.num_params(config) == total
         assert cost.num_params_non_embedding(config) == non_embedding
 
 
 def test_a_family_comes_after_its_size(files):
-    assert files.model("7b", "mqa")["window_size"] is None
-    assert files.model("7b", "mqa_local")["window_size"] == 1024
-    assert files.model("tiny", "griffin")["window_size"] == 32
+    assert files.model("paper", "7b", "mqa")["window_size"] is None
+    assert files.model("paper", "7b", "mqa_local")["window_size"] == 1024
+    assert files.model("paper", "tiny", "griffin")["window_size"] == 32
+
+
+def test_released_settings_are_those_that_recurrent_gemma_sets_itself():
+    (gemma,), (paper,), (released,) = (
+        [run.model for run in runs_of(*chosen)]
+        for chosen in (["size=recurrentgemma_2b"], ["settings=paper"], ["settings=released"])
+    )
+    fields = ("lambda_init", "rope_fraction", "window_extra_key", "logit_soft_cap",
+              "scale_embeddings")  # fmt: skip
+    values = {name: getattr(gemma, name) for name in fields}
+    assert released == replace(paper, **values)
+    assert not any(getattr(paper, name) == value for name, value in values.items())
+
+
+def test_settings_are_swept_as_every_group():
+    runs = runs_of("settings=paper,released", "family=hawk,griffin", "model.logit_soft_cap=20.0")
+    assert [run.model.lambda_init for run in runs] == ["paper", "paper", "code", "code"]
+    assert {run.model.logit_soft_cap for run in runs} == {20.0}
 
 
 def test_sweeps_of_groups_and_of_keys_are_crossed():
@@ -88,6 +107,9 @@ def test_data_sets_the_vocabulary_unless_the_size_or_the_user_does():
     ("overrides", "message"),
     [
         (["family=grifin"], "Did you mean 'griffin'?"),
+        (["settings=relesed"], "Did you mean 'released'?"),
+        (["setings=paper"], "Did you mean 'settings'?"),
+        (["settings.rope_fraction=0.5"], "Architecture is model.rope_fraction"),
         (["modle.d_model=3"], "Did you mean 'model.d_model'?"),
         (["model.d_modle=3"], "Did you mean 'd_model'?"),
         (["window_size=3"], "Did you mean 'model.window_size'?"),
