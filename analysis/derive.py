@@ -32,6 +32,7 @@ FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
               "program", "device_kind", "engine_build"]  # fmt: skip
 GREEN, RED, MISSING = "green", "red", "none"
+PARTIAL = "partial"  # green, but of some levels alone: verifies nothing
 PARITY_ORDER = (GREEN, MISSING, RED)
 UNVERIFIED = "UNVERIFIED"
 PARITY_SIZE = "tiny"
@@ -148,7 +149,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 @_remembered
 def parity(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each PARITY_KEY: green when every error of a completed check is within its
-    tolerance, and there is at least one; else red. `worst` is the largest error / tolerance."""
+    tolerance, and there is at least one; else red. Checks of some levels alone can make a key red,
+    never green: without others it is partial. `worst` is the largest error / tolerance."""
     rows = _latest_checks(frame)
     rows = rows[rows["size"] == PARITY_SIZE]
     if rows.empty:
@@ -164,12 +166,13 @@ def parity(frame: pd.DataFrame) -> pd.DataFrame:
         seen = [dtype for attempt, dtype in facts.index if attempt == run["attempt"]]
         for dtype in seen or [run["dtype"]]:
             fact = facts.loc[(run["attempt"], dtype)] if seen else None
-            green = fact is not None and run["outcome"] == "completed" and bool(fact["is_within"])
+            is_red = fact is None or run["outcome"] != "completed" or not fact["is_within"]
+            is_partial = _plain(run["levels"]) is not None
             made.append(
                 {name: run[name] for name in PARITY_KEY}
                 | {
                     "dtype": dtype,
-                    "status": GREEN if green else RED,
+                    "status": RED if is_red else PARTIAL if is_partial else GREEN,
                     "outcome": run["outcome"],
                     "reason": run["reason"],
                     "num_checks": 0 if fact is None else int(fact["num_checks"]),
@@ -177,19 +180,21 @@ def parity(frame: pd.DataFrame) -> pd.DataFrame:
                     "worst_field": None if fact is None else fact["field"],
                     "worst_error": None if fact is None else float(fact["value"]),
                     "tolerance": None if fact is None else float(fact["tolerance"]),
+                    "levels": run["levels"],
                     "run_id": run["run_id"],
+                    "cell_id": run["cell_id"],
                 }
             )
     status = pd.DataFrame(made)
     status["family_order"] = [family_order(name) for name in status["family"]]
-    # Several checks of one key (seeds, workloads): one red makes it red.
-    status = status.sort_values(["status", "worst"], ascending=[False, False], kind="stable")
+    # Several checks of one key (seeds, workloads, levels): one red makes it red.
+    status["rank"] = status["status"].map((RED, GREEN, PARTIAL).index)
+    status = status.sort_values(["rank", "worst"], ascending=[True, False], kind="stable")
     checks = status.groupby(PARITY_KEY, dropna=False, sort=False)["num_checks"].transform("sum")
     status = status.assign(num_checks=checks).drop_duplicates(PARITY_KEY)
     order = ["family_order", "backend", "dtype"]
-    return (
-        status.sort_values(order, kind="stable").drop(columns="family_order").reset_index(drop=True)
-    )
+    status = status.sort_values(order, kind="stable").drop(columns=["family_order", "rank"])
+    return status.reset_index(drop=True)
 
 
 @_remembered
@@ -223,9 +228,9 @@ def _latest_checks(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mark_parity(rows: pd.DataFrame, status: pd.DataFrame) -> pd.DataFrame:
-    """`parity` of each row: green, red, or none where no parity record has its key."""
+    """`parity` of each row: green, red, or none where no whole parity record has its key."""
     known = {tuple(_plain(row[name]) for name in PARITY_KEY): row["status"]
-             for row in status.to_dict("records")}  # fmt: skip
+             for row in status.to_dict("records") if row["status"] != PARTIAL}  # fmt: skip
     keys = zip(*(rows[name] for name in PARITY_KEY), strict=True)
     rows = rows.copy()
     rows["parity"] = [known.get(tuple(map(_plain, key)), MISSING) for key in keys]

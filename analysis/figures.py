@@ -241,7 +241,7 @@ def _lines(
     if (rows["parity"] != derive.GREEN).any():
         notes.append(
             f"Hollow markers are {derive.UNVERIFIED}: no green parity record of the same "
-            "kernels, dtype, device and build."
+            "kernels, head_dim, dtype, device and build."
         )
     if left_out > 0:
         notes.append(f"{left_out} further panels are in the tables alone.")

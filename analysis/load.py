@@ -19,13 +19,14 @@ import pandas as pd
 from suites.harness.record import Record, read_all
 
 INDEX = "index.parquet"
-FRAME_SCHEMA = 2  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 3  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
-# Fields of ModelConfig that the sizes set; the others are architecture, which parity is about.
-SIZE_FIELDS = ("size", "d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "head_dim",
-               "num_gate_blocks", "vocab_size", "num_kv_heads", "window_size")  # fmt: skip
+# Fields of ModelConfig in which a speed and the parity that verifies it may differ; the others are
+# architecture, which parity is about. So is head_dim, a size too: a kernel is compiled for it.
+SIZE_FIELDS = ("size", "d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "num_gate_blocks",
+               "vocab_size", "num_kv_heads", "window_size")  # fmt: skip
 
 RECORD_COLUMNS = {
     # which run
@@ -37,8 +38,8 @@ RECORD_COLUMNS = {
     "suite": "str", "family": "str", "size": "str", "backend": "str", "dtype": "str",
     "device_kind": "str", "seed": "int", "round": "int", "data": "str", "window_size": "int",
     "work_phase": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
-    "num_new_tokens": "int", "num_steps": "int", "model": "str", "kernels": "str",
-    "optimizer": "str",
+    "num_new_tokens": "int", "num_steps": "int", "levels": "str", "model": "str",
+    "kernels": "str", "optimizer": "str",
     # digests of settings: equal between the runs that may be compared
     "across_backends": "str", "across_families": "str", "architecture": "str",
     # on what
@@ -143,6 +144,7 @@ def _row(record: Record) -> dict[str, Any]:
             "size": model["size"],
             "window_size": model.get("window_size"),
             "work_phase": work["phase"],
+            "levels": ",".join(work.get("levels") or ()) or None,
             "data": run["data"]["name"],
             "device_kind": run["device_kind"],
             "model": _json({k: v for k, v in model.items() if k not in ("family", "size")}),

@@ -137,7 +137,7 @@ def caveats(frame: pd.DataFrame) -> list[str]:
     if bare:
         made.append(
             f"{bare} of {len(speeds)} speed numbers are {derive.UNVERIFIED}: no green parity "
-            "record of the same kernels, dtype, device and build."
+            "record of the same kernels, head_dim, dtype, device and build."
         )
     if len(cells) and (odd := int(cells["num_outliers"].sum())):
         made.append(f"{_count(odd, 'repeat')} lie far from their median: flagged, not dropped.")

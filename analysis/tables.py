@@ -96,7 +96,12 @@ def of_suite(table: Table, suite: str) -> Table:
 def parity(frame: pd.DataFrame) -> Table:
     status = derive.parity(frame)
     status = status[status["engine_build"].isin(set(derive.runs(frame)["engine_build"]))]
-    header = ["family", "backend", "dtype", "linear_scan", "attention", "program", "device",
+    if len(status):  # head_dim and architecture settings, as far as several were checked
+        variant = derive.outcomes(frame).set_index("cell_id")["variant"]
+        status = status.assign(variant=status["cell_id"].map(variant))
+    names = ["family", "backend", "dtype", "linear_scan", "attention", "program", "device_kind"]
+    names += ["variant"] if len(status) and status["variant"].any() else []
+    header = [*(name.replace("device_kind", "device") for name in names),
               "build", "parity", "checks", "worst error / tolerance", "at"]  # fmt: skip
     rows = []
     for row in status.to_dict("records"):
@@ -107,8 +112,8 @@ def parity(frame: pd.DataFrame) -> Table:
         verdict = row["status"].upper() if row["status"] == derive.RED else row["status"]
         if row["outcome"] != "completed":
             verdict += f" ({row['outcome']}: {_text(row['reason'])})"
-        names = ("family", "backend", "dtype", "linear_scan", "attention", "program",
-                 "device_kind")  # fmt: skip
+        elif row["status"] == derive.PARTIAL:
+            verdict += f" ({row['levels']})"
         rows.append(
             [
                 *(_text(row[name]) for name in names),
@@ -121,8 +126,9 @@ def parity(frame: pd.DataFrame) -> Table:
         )
     note = (
         "Green: every relative error (to the float64 reference and to the other backend) is "
-        "within its tolerance, at size=tiny. It verifies speed numbers of the same family, "
-        "architecture settings, backend, dtype, kernels, device kind and build."
+        "within its tolerance, at size=tiny with the measured head_dim. It verifies speed numbers "
+        "of the same family, architecture settings, head_dim, backend, dtype, kernels, device kind "
+        "and build."
     )
     return Table("parity", "Parity", header, rows, status, note)
 

@@ -154,7 +154,7 @@ KERNELS = {"linear_scan": "analytic", "attention": "plain", "program": "compiled
 @pytest.mark.parametrize(
     "different",
     [{}, {"build": "build1"}, {"dtype": "bfloat16"}, {"device_kind": "h200"},
-     {"model": {"lambda_init": "code"}},
+     {"model": {"lambda_init": "code"}}, {"model": {"head_dim": 128}},
      {"provenance": {"resolved_kernels": KERNELS | {"linear_scan": "triton"}}},
      {"provenance": {"resolved_kernels": KERNELS | {"program": "eager"}}}],
     ids=str,
@@ -187,6 +187,31 @@ def test_an_older_engine_keeps_its_own_parity():
 def test_size_alone_does_not_lose_the_parity_of_tiny():
     big = training("griffin", "jax", 0, model={"size": "1b", "d_model": 2048, "num_heads": 16})
     assert set(derive.summary(frame_of([parity("griffin", "jax"), big]))["parity"]) == {"green"}
+
+
+@pytest.mark.parametrize("levels", [("L1",), ("L1", "L2")])
+def test_parity_of_some_levels_makes_no_key_green_but_may_make_it_red(levels):
+    speed, whole = training("griffin", "jax", 0), parity("griffin", "jax")
+    part, red = (parity("griffin", "jax", error=e, levels=levels) for e in (1e-6, 2e-5))
+    for records, status, mark in (
+        ([part], "partial", "none"),
+        ([part, whole], "green", "green"),
+        ([red, whole], "red", "red"),
+        ([red], "red", "red"),
+    ):
+        frame = frame_of([*records, speed])
+        assert derive.parity(frame)["status"].tolist() == [status]
+        assert set(derive.summary(frame)["parity"]) == {mark}
+    (row,) = tables.parity(frame_of([part])).rows
+    assert f"partial ({','.join(levels)})" in row
+
+
+def test_the_parity_table_tells_head_dims_apart():
+    table = tables.parity(frame_of([parity("griffin", "jax", model={"head_dim": n})
+                                    for n in (16, 128)]))  # fmt: skip
+    place = table.header.index("variant")
+    assert sorted(row[place] for row in table.rows) == ["head_dim=128", "head_dim=16"]
+    assert "variant" not in tables.parity(frame_of([parity("griffin", "jax")])).header
 
 
 # tables
