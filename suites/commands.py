@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from suites import compose, display, reports
+from suites import compose, display, gate, reports
 from suites.harness import claims, corpora, plan, provenance
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
@@ -38,7 +38,10 @@ def run(
     as_json: bool = False,
 ) -> int:
     request, planned = _planned(overrides, store)
-    result, planned = _sweep(request, planned, store, overrides, rerun_stale, verify_frontier)
+    ahead = _ahead(planned, store, rerun_stale, verify_frontier)
+    result, planned = _sweep(
+        request, planned, store, overrides, rerun_stale, verify_frontier, ahead
+    )
     if result.outcomes or not reports.report_path(store, None, request.title).exists():
         path = reports.write(store, None, title=request.title, overrides=overrides)
     else:
@@ -51,21 +54,23 @@ def run(
                 "outcomes": dict(_final(planned, result)),
                 "report": str(path),
                 "runs": [_with_outcome(item, result) for item in planned],
+                "proxies": [_with_outcome(item, result) for item in ahead],
             }
         )
     else:
         if result.num_started:
             reports.print_side_by_side(store, {item.run.run_id for item in planned})
-        _print_ends(planned, result)
+        _print_ends(planned, ahead, result)
         print(f"report: {path}")
-    return _exit_code(planned, result)
+    return _exit_code([*ahead, *planned], result)
 
 
 def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
     _, planned = _planned(overrides, store, bare=compose.BARE_PLAN)
     if as_json:
         display.print_json([item.to_json() for item in planned])
-    elif len(planned) == 1:
+        return AS_PLANNED
+    if len(planned) == 1:
         display.print_card(planned[0])
     else:
         header = ["run_id", "suite", "model", "backend", "dtype", "work", "seed", "round",
@@ -76,6 +81,8 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
         pending = sum(item.is_pending for item in planned)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"{display.count(len(planned), 'run')}, {pending} would start: {words}.")
+    if missing := sum(item.is_pending for item in _ahead(planned, store)):
+        print(f"aerie run adds {_proxies(missing)}, to verify the speeds.")
     return AS_PLANNED
 
 
@@ -297,6 +304,25 @@ def _unknown(option: str, value: str, known: list[str]) -> str:
 # Running ----------------------------------------------------------------------------------------
 
 
+def _todo(
+    planned: list[Planned], rerun_stale: bool = False, verify_frontier: bool = False
+) -> list[Planned]:
+    return [
+        item
+        for item in planned
+        if item.is_pending
+        or (item.is_stale and rerun_stale)
+        or (verify_frontier and item.outcome == "out_of_memory_predicted")
+    ]
+
+
+def _ahead(
+    planned: list[Planned], store: Path, rerun_stale: bool = False, verify_frontier: bool = False
+) -> list[Planned]:
+    with _request():
+        return gate.ahead(store, planned, _todo(planned, rerun_stale, verify_frontier))
+
+
 def _sweep(
     request: compose.Request,
     planned: list[Planned],
@@ -304,20 +330,17 @@ def _sweep(
     overrides: list[str],
     rerun_stale: bool,
     verify_frontier: bool,
+    ahead: Iterable[Planned] = (),
 ) -> tuple[Result, list[Planned]]:
-    """Runs what is pending; says so where nothing is."""
-    todo = [
-        item
-        for item in planned
-        if item.is_pending
-        or (item.is_stale and rerun_stale)
-        or (verify_frontier and item.outcome == "out_of_memory_predicted")
-    ]
-    num_stale = sum(item.is_stale for item in planned)
+    """Runs what is pending, of `ahead` first; says so where nothing is."""
+    missing = [item for item in ahead if item.is_pending]
+    todo = [*missing, *_todo(planned, rerun_stale, verify_frontier)]
+    ids = {item.run.run_id for item in todo}
+    stale = [item for item in planned if item.is_stale and item.run.run_id not in ids]
     if not todo:
         print(f"nothing to run: all {len(planned)} runs have ended before.", file=sys.stderr)
-    if num_stale and not rerun_stale:
-        reasons = Counter(item.reason for item in planned if item.is_stale)
+    if stale:
+        reasons = Counter(item.reason for item in stale)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"{words}; run them again with --rerun-stale.", file=sys.stderr)
     if not todo:
@@ -326,6 +349,9 @@ def _sweep(
         store.mkdir(parents=True, exist_ok=True)
         if not os.access(store, os.W_OK):
             raise ValueError(f"--results {store} cannot be written.")
+    if missing:
+        words = f"{_proxies(len(missing))} {'runs' if len(missing) == 1 else 'run'} first"
+        print(f"{words}: speeds without them would be UNVERIFIED.", file=sys.stderr)
     for config in dict.fromkeys(item.run.data for item in todo if _reads_text(item.run)):
         _prepare(config, None)
     proven = [item.run for item in planned if item.outcome == "out_of_memory" and not item.is_stale]
@@ -413,9 +439,18 @@ def _measured_now(store: Path) -> list[str]:
 # Words ------------------------------------------------------------------------------------------
 
 
-def _print_ends(planned: list[Planned], result: Result) -> None:
-    words = ", ".join(f"{count} {outcome}" for outcome, count in _final(planned, result).items())
-    print(f"\n{display.count(len(planned), 'run')}: {words}.")
+def _print_ends(planned: list[Planned], ahead: list[Planned], result: Result) -> None:
+    print(f"\n{display.count(len(planned), 'run')}: {_ends(planned, result)}.")
+    if ahead:
+        print(f"{_proxies(len(ahead))}: {_ends(ahead, result)}.")
+    ends = [(item.run, result.outcomes.get(item.run.run_id) or item.outcome) for item in ahead]
+    lost = dict.fromkeys(
+        f"{run.model.family} {run.backend} {run.dtype}"
+        for run, outcome in ends
+        if outcome != "completed"
+    )
+    if lost:
+        print(f"Speeds of {', '.join(lost)} stay UNVERIFIED: their parity is not green.")
     rounds = {}
     for item in planned:
         if item.block:
@@ -427,6 +462,14 @@ def _print_ends(planned: list[Planned], result: Result) -> None:
     seeds = {item.run.seed for item in planned if _reads_text(item.run)}
     if len(seeds) == 1:
         print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")
+
+
+def _ends(planned: list[Planned], result: Result) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in _final(planned, result).items())
+
+
+def _proxies(number: int) -> str:
+    return f"{number:,} parity {'proxy' if number == 1 else 'proxies'}"
 
 
 def _json_rows(frame: Any) -> list[dict[str, Any]]:

@@ -165,6 +165,7 @@ def test_a_second_run_starts_nothing_and_says_so(tmp_path):
 )
 def test_the_exit_code_is_how_the_runs_ended(tmp_path, here, outcome, code):
     finished(tmp_path, *ONE, outcome=outcome)
+    finished(tmp_path, "suite=parity", "family=hawk")
     done = here("run", *ONE, "--results", tmp_path, "--json")
     assert done.returncode == code
     told = json.loads(done.stdout)
