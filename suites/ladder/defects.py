@@ -1,0 +1,520 @@
+"""Planted defects: one-line faults of the two backends and of the floor below them, for proving
+that the ladder sees them.
+
+A defect replaces a piece of one source line when its module is imported, in memory: nothing on
+disk changes. `level` is the lowest rung that can see it. Faults of the floor are of level "truth":
+both backends would repeat them, or be held to them; finite differences and transformers'
+RecurrentGemma see those. Modules are named, not imported: this file needs no framework.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+
+LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5", "L7", "truth")
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    module: str
+    line: str  # a piece of one line of the module, which occurs once in it
+    fault: str  # what stands in its place
+    level: str
+
+    @property
+    def backend(self) -> str | None:
+        """jax or torch; None on the floor, below both."""
+        part = self.module.split(".")[1]
+        return part.removesuffix("_backend") if part.endswith("_backend") else None
+
+
+def plant(defect: Defect) -> None:
+    """Lets a later import of the module, in this process, compile the changed source."""
+    if defect.module in sys.modules:
+        raise ValueError(f"defect {defect.name}: {defect.module} is imported already.")
+    spec = importlib.util.find_spec(defect.module)  # earlier plants of this module included
+    source = changed(defect, spec.loader.get_source(defect.module))
+    sys.meta_path.insert(0, _Finder(defect.module, spec, source))
+
+
+def changed(defect: Defect, source: str) -> str:
+    """The source with the fault in it."""
+    if (found := source.count(defect.line)) != 1:
+        raise ValueError(
+            f"defect {defect.name}: {defect.line!r} occurs {found} times in {defect.module}; "
+            "it must occur once."
+        )
+    return source.replace(defect.line, defect.fault)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, spec: ModuleSpec, source: str):
+        self.name, self.spec, self.source = name, spec, source
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(
+            self.name,
+            self.spec.origin,
+            loader=_Loader(self.name, self.spec.origin, self.source),
+            submodule_search_locations=self.spec.submodule_search_locations,
+        )
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, name: str, path: str, source: str):
+        super().__init__(name, path)
+        self.source = source
+
+    def get_source(self, fullname: str) -> str:
+        return self.source
+
+    def get_code(self, fullname: str):  # compiled anew: a .pyc is neither read nor written
+        return compile(self.source, self.path, "exec", dont_inherit=True)
+
+
+JAX = "implementations.jax_backend"
+TORCH = "implementations.torch_backend"
+
+# XLA may drop a conversion to bfloat16 and back, never a reduce_precision to its 8 and 7 bits.
+JAX_DEFECTS = (
+    Defect(
+        "jax_float32_parameters_in_float64",
+        f"{JAX}.engine",
+        "np.array(v, self.master_dtype)",
+        "np.array(v, np.float32)",
+        "L0",
+    ),
+    Defect("jax_exact_gelu", f"{JAX}.layers", "approximate=True", "approximate=False", "L1"),
+    Defect(
+        "jax_norm_epsilon",
+        f"{JAX}.layers",
+        "keepdims=True) + eps)",
+        "keepdims=True) + 1e-5)",
+        "L1",
+    ),
+    Defect(
+        "jax_conv_state_one_short",
+        f"{JAX}.layers",
+        "past_BTR[:, T:]",
+        "past_BTR[:, T - 1 : -1]",
+        "L1",
+    ),
+    Defect(
+        "jax_conv_reads_other_documents",
+        f"{JAX}.layers",
+        "(position_BT >= offset)",
+        "(position_BT >= 0)",
+        "L1",
+    ),
+    Defect(
+        "jax_soft_cap_without_division",  # released code's settings only
+        f"{JAX}.layers",
+        "jnp.tanh(logits_BTV / soft_cap)",
+        "jnp.tanh(logits_BTV)",
+        "L1",
+    ),
+    Defect(
+        "jax_decay_without_factor",
+        f"{JAX}.mixers.rg_lru",
+        "-8 * jax.nn.softplus(",
+        "-jax.nn.softplus(",
+        "L1",
+    ),
+    Defect(
+        "jax_scan_reads_other_documents",
+        f"{JAX}.mixers.rg_lru",
+        "jnp.where(is_start_BT1, 0, jnp.exp(log_a_BTR))",
+        "jnp.exp(log_a_BTR)",
+        "L1",
+    ),
+    Defect(
+        "jax_rope_on_every_channel",  # released code's settings only
+        f"{JAX}.mixers.mqa",
+        "half = config.rope_dim // 2",
+        "half = config.head_dim // 2",
+        "L1",
+    ),
+    Defect(
+        "jax_window_one_less",
+        f"{JAX}.kernels.attention",
+        "jnp.minimum(reach_BT, window - 1)",
+        "jnp.minimum(reach_BT, window - 2)",
+        "L1",
+    ),
+    Defect(
+        "jax_state_in_bfloat16",
+        f"{JAX}.kernels.linear_scan",
+        "h_BTR.astype(x_BTR.dtype), h_BR",
+        "h_BTR.astype(x_BTR.dtype), lax.reduce_precision(h_BR, 8, 7)",
+        "L1",
+    ),
+    Defect(
+        "jax_low_precision_linear",
+        f"{JAX}.layers",
+        'x.reshape(-1, x.shape[-1]) @ params["weight"]',
+        'x.reshape(-1, x.shape[-1]) @ (jax.lax.reduce_precision(params["weight"], 8, 7)'
+        ' if x.dtype == jnp.float32 else params["weight"])',
+        "L2",
+    ),
+    Defect(
+        "jax_unclipped_root",  # where 1 - a^2 is below 2.5e-7
+        f"{JAX}.mixers.rg_lru",
+        "jnp.maximum(u, floor)",
+        "u",
+        "L3",
+    ),
+    Defect(
+        "jax_last_state_without_gradient",
+        f"{JAX}.kernels.linear_scan",
+        "_loop(late_a_BTR, dh_BTR, dh_BR,",
+        "_loop(late_a_BTR, dh_BTR, jnp.zeros_like(dh_BR),",
+        "L3",
+    ),
+    Defect(
+        "jax_decay_gradient_of_late_states",
+        f"{JAX}.kernels.linear_scan",
+        "jnp.concatenate([h0_BR[:, None], h_BTR[:, :-1]], axis=1)",
+        "h_BTR",
+        "L3",
+    ),
+    Defect(
+        "jax_ring_wraps_early",
+        f"{JAX}.mixers.mqa",
+        "position_BT[:, -num_slots:] % num_slots",
+        "position_BT[:, -num_slots:] % max(num_slots - 1, 1)",
+        "L4",
+    ),
+    Defect(
+        "jax_chunk_drops_keys",
+        f"{JAX}.mixers.mqa",
+        "jnp.take_along_axis(x, slot_BS[:, :, None, None], axis=1)",
+        "jnp.zeros_like(x)",
+        "L4",
+    ),
+    Defect(
+        "jax_decode_position_stands",
+        f"{JAX}.engine",
+        "states, position_B + 1)",
+        "states, position_B)",
+        "L4",
+    ),
+    Defect(
+        "jax_mean_over_ignored_targets",
+        f"{JAX}.model",
+        "(batch.targets_BT != IGNORED).sum()",
+        "batch.targets_BT.size",
+        "L4",
+    ),
+    Defect(
+        "jax_adam_epsilon_inside_root",
+        f"{JAX}.optimizer",
+        "eps=optimizer.eps",
+        "eps=0.0, eps_root=optimizer.eps",
+        "L5",
+    ),
+    Defect(
+        "jax_subtracted_square",
+        f"{JAX}.mixers.rg_lru",
+        "-jnp.expm1(2 * log_a_BTR)",
+        "1 - jax.lax.reduce_precision(jnp.exp(log_a_BTR), 8, 7) ** 2"
+        " if x_BTR.dtype == jnp.bfloat16 else -jnp.expm1(2 * log_a_BTR)",
+        "L7",
+    ),
+    Defect(
+        "jax_state_in_dtype_of_x",
+        f"{JAX}.mixers.rg_lru",
+        "h_BTR.astype(x_BTR.dtype), h_BR",
+        "h_BTR.astype(x_BTR.dtype),"
+        " jax.lax.reduce_precision(h_BR, 8, 7) if x_BTR.dtype == jnp.bfloat16 else h_BR",
+        "L7",
+    ),
+    Defect(
+        "jax_softmax_in_bfloat16",
+        f"{JAX}.kernels.attention",
+        "dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)",
+        "dtype = q_BTNH.dtype",
+        "L7",
+    ),
+    Defect(
+        "jax_rope_in_bfloat16",
+        f"{JAX}.mixers.mqa",
+        "dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)",
+        "dtype = x_BTNH.dtype",
+        "L7",
+    ),
+)
+
+TORCH_DEFECTS = (
+    Defect(
+        "torch_output_bias_missing",
+        f"{TORCH}.mixers.mqa",
+        "Linear(N * H, D, config.biases)",
+        "Linear(N * H, D, has_bias=False)",
+        "L0",
+    ),
+    Defect(
+        "torch_norm_without_one",
+        f"{TORCH}.layers",
+        "(1 + exact(cast(self.scale, x)))",
+        "exact(cast(self.scale, x))",
+        "L1",
+    ),
+    Defect(
+        "torch_conv_reversed",
+        f"{TORCH}.layers",
+        "weight_WR = cast(self.weight, x_BTR)",
+        "weight_WR = cast(self.weight, x_BTR).flip(0)",
+        "L1",
+    ),
+    Defect(
+        "torch_gate_blocks_transposed",
+        f"{TORCH}.layers",
+        "torch.bmm(x_GMI, cast(self.weight, x_BTR))",
+        "torch.bmm(x_GMI, cast(self.weight, x_BTR).mT)",
+        "L1",
+    ),
+    Defect(
+        "torch_tied_embedding_scaled",
+        f"{TORCH}.layers",
+        "F.linear(exact(x_BTD), ",
+        "F.linear(exact(x_BTD) * x_BTD.shape[-1] ** -0.5, ",
+        "L1",
+    ),
+    Defect(
+        "torch_decay_grows",  # a > 1: the root is of a negative number, and all is NaN
+        f"{TORCH}.mixers.rg_lru",
+        "(-DECAY * F.softplus(",
+        "(DECAY * F.softplus(",
+        "L1",
+    ),
+    Defect(
+        "torch_decay_parameter_negated",
+        f"{TORCH}.mixers.rg_lru",
+        "F.softplus(exact(self.a_param))",
+        "F.softplus(-exact(self.a_param))",
+        "L1",
+    ),
+    Defect(
+        "torch_rope_base",
+        f"{TORCH}.mixers.mqa",
+        "1 / config.rope_base**exponent",
+        "1 / 1000.0**exponent",
+        "L1",
+    ),
+    Defect(
+        "torch_attention_reads_other_documents",
+        f"{TORCH}.mixers.mqa",
+        "torch.minimum(position_BT, torch.arange(T, device=position_BT.device))",
+        "torch.arange(T, device=position_BT.device).expand_as(position_BT)",
+        "L1",
+    ),
+    Defect(
+        "torch_window_one_more",
+        f"{TORCH}.kernels.attention",
+        "reach_BT.clamp(max=window - 1)",
+        "reach_BT.clamp(max=window)",
+        "L1",
+    ),
+    Defect(
+        "torch_low_precision_linear",
+        f"{TORCH}.layers",
+        "F.linear(x, weight.t(), bias)",
+        "F.linear(x.bfloat16().float() if x.dtype == torch.float32 else x, weight.t(), bias)",
+        "L2",
+    ),
+    Defect(
+        "torch_unclipped_root",  # where 1 - a^2 is below 2.5e-7
+        f"{TORCH}.mixers.rg_lru",
+        "u.clamp(min=1 / (4 * MAX_SQRT_GRADIENT**2))",
+        "u",
+        "L3",
+    ),
+    Defect(
+        "torch_last_state_without_gradient",
+        f"{TORCH}.kernels.linear_scan",
+        "h_BTR[:, -1].clone()",
+        "h_BTR[:, -1].detach() + 0 * h_BTR[:, -1]",
+        "L3",
+    ),
+    Defect(
+        "torch_scan_gradient_of_early_decay",
+        f"{TORCH}.kernels.linear_scan",
+        "a_rows[t + 1]",
+        "a_rows[t]",
+        "L3",
+    ),
+    Defect(
+        "torch_residual_detached",
+        f"{TORCH}.model",
+        "x_BTD + mixed_BTD",
+        "x_BTD.detach() + mixed_BTD",
+        "L3",
+    ),
+    Defect(
+        "torch_decode_keeps_old_conv_state",
+        f"{TORCH}.layers",
+        "inputs_BSR[:, 1:].clone()",
+        "conv_BWR.clone()",
+        "L4",
+    ),
+    Defect(
+        "torch_decode_state_in_bfloat16",
+        f"{TORCH}.kernels.linear_scan",
+        "h_BR[:, None].to(dtype), h_BR",
+        "h_BR[:, None].to(dtype), h_BR.bfloat16().to(h_BR.dtype)",
+        "L4",
+    ),
+    Defect(
+        "torch_chunk_drops_recurrence",
+        f"{TORCH}.mixers.rg_lru",
+        "(None, None) if state is None else state",
+        "(None, None) if state is None or x_BTD.shape[1] > 1 else state",
+        "L4",
+    ),
+    Defect(
+        "torch_ring_read_one_late",
+        f"{TORCH}.mixers.mqa",
+        "(position_BT[0, 0] + torch.arange(W, device=device))",
+        "(position_BT[0, 0] + 1 + torch.arange(W, device=device))",
+        "L4",
+    ),
+    Defect(
+        "torch_targets_shifted_twice",
+        f"{TORCH}.model",
+        "cross_entropy(self.unembed(x_BTD), targets_BT)",
+        "cross_entropy(self.unembed(x_BTD)[:, :-1], targets_BT[:, 1:])",
+        "L4",
+    ),
+    Defect(
+        "torch_gradient_of_the_sum",
+        f"{TORCH}.engine",
+        "loss.backward()",
+        "(loss * batch.targets_BT.size).backward()",
+        "L4",
+    ),
+    Defect(
+        "torch_decay_of_every_parameter",
+        f"{TORCH}.optimizer",
+        "optimizer.weight_decay * spec.decayed",
+        "optimizer.weight_decay",
+        "L5",
+    ),
+    Defect(
+        "torch_clipping_of_each_tensor",
+        f"{TORCH}.optimizer",
+        "torch._foreach_mul_(grads, (clip_norm / norm).clamp(max=1))",
+        "[grad.mul_((clip_norm / grad.norm()).clamp(max=1)) for grad in grads]",
+        "L5",
+    ),
+    Defect(
+        "torch_schedule_one_step_late",  # with one step of warm-up the first step has rate 0
+        f"{TORCH}.optimizer",
+        "optimizer.learning_rate * (step + 1)",
+        "optimizer.learning_rate * step",
+        "L5",
+    ),
+    Defect(
+        "torch_subtracted_square",
+        f"{TORCH}.mixers.rg_lru",
+        "-torch.expm1(2 * log_a_BTR)",
+        "1 - a_BTR.bfloat16().float() ** 2"
+        " if x_BTR.dtype == torch.bfloat16 else -torch.expm1(2 * log_a_BTR)",
+        "L7",
+    ),
+    Defect(
+        "torch_state_in_dtype_of_x",
+        f"{TORCH}.mixers.rg_lru",
+        "h_BTR.to(x_BTR.dtype), h_BR",
+        "h_BTR.to(x_BTR.dtype), h_BR.to(x_BTR.dtype).to(h_BR.dtype)",
+        "L7",
+    ),
+)
+
+# "Peer": against transformers' RecurrentGemma, same weights. "Differences": the loss along random
+# directions against loss_and_grad. Most faults of an equation, not of its gradient, show in both.
+FLOOR_DEFECTS = (
+    Defect(
+        "truth_half_of_rope_dim",  # peer: it is given rope_fraction, not rope_dim
+        "implementations.config",
+        "int(self.head_dim * self.rope_fraction)",
+        "int(self.head_dim * self.rope_fraction) // 2",
+        "truth",
+    ),
+    Defect(
+        "truth_no_weight_decayed",  # peer: a decayed weight is one that is handed over transposed
+        "implementations.parameters",
+        "std, decayed=True)",
+        "std)",
+        "truth",
+    ),
+    Defect(
+        "truth_exact_gelu",
+        "implementations.reference",
+        "np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))",
+        "np.vectorize(math.erf)(x / math.sqrt(2))",
+        "truth",
+    ),
+    Defect(
+        "truth_rope_frequency",  # peer
+        "implementations.reference",
+        "base ** (-np.arange(half) / max(half, 1))",
+        "base ** (-np.arange(half) / max(rope_dim, 1))",
+        "truth",
+    ),
+    Defect(
+        "truth_window_one_more",  # peer
+        "implementations.reference",
+        "np.minimum(reach_BT, num_visible_keys - 1)",
+        "np.minimum(reach_BT, num_visible_keys)",
+        "truth",
+    ),
+    Defect(
+        "truth_score_gradient_unscaled",  # differences
+        "implementations.reference",
+        "keepdims=True)) * H**-0.5",
+        "keepdims=True))",
+        "truth",
+    ),
+    Defect(
+        "truth_soft_cap_slope",  # differences, with a soft cap
+        "implementations.reference",
+        "(1 - np.tanh(x / cap) ** 2)",
+        "(1 - np.tanh(x / cap))",
+        "truth",
+    ),
+    Defect(
+        "truth_repeated_tokens_overwrite",  # differences: a token that recurs has one gradient
+        "implementations.reference",
+        "np.add.at(dembedding_VD, tokens_BT, dx_BTD)",
+        "dembedding_VD[tokens_BT] += dx_BTD",
+        "truth",
+    ),
+    Defect(
+        "truth_decay_factor",  # peer
+        "implementations.mixers.rg_lru",
+        "DECAY = 8.0",
+        "DECAY = 4.0",
+        "truth",
+    ),
+    Defect(
+        "truth_root_gradient_halved",  # differences
+        "implementations.mixers.rg_lru",
+        "- 2 * np.exp(2 * log_a_BTR) * du_BTR",
+        "- np.exp(2 * log_a_BTR) * du_BTR",
+        "truth",
+    ),
+    Defect(
+        "truth_input_gradient_of_the_values_alone",  # differences
+        "implementations.mixers.mqa",
+        "dx_BTD += dx",
+        "dx_BTD = dx",
+        "truth",
+    ),
+)
+
+DEFECTS = JAX_DEFECTS + TORCH_DEFECTS + FLOOR_DEFECTS
