@@ -154,6 +154,38 @@ def mlp_grad(params: Params, x_BTD: np.ndarray, dy_BTD: np.ndarray) -> tuple[Par
     return grads, dx_gate_BTD + dx_up_BTD
 
 
+def layer(
+    config: ModelConfig, name: str, params: Params, x_BTD: np.ndarray, position_BT: np.ndarray
+) -> tuple[np.ndarray, tuple]:
+    """u = x + mixer(norm(x)); u + mlp(norm(u)); and what its gradient needs: x, the mixer's, u."""
+    eps = config.rms_norm_eps
+    normed_BTD = rms_norm(params["mixer_norm.scale"], x_BTD, eps)
+    mixed_BTD, mixer_saved = load_mixer(name).forward(
+        config, within(params, "mixer"), normed_BTD, position_BT
+    )
+    u_BTD = x_BTD + mixed_BTD
+    y_BTD = u_BTD + mlp(within(params, "mlp"), rms_norm(params["mlp_norm.scale"], u_BTD, eps))
+    return y_BTD, (x_BTD, mixer_saved, u_BTD)
+
+
+def layer_grad(
+    config: ModelConfig, name: str, params: Params, saved: tuple, dy_BTD: np.ndarray
+) -> tuple[Params, np.ndarray]:
+    """(gradients by name, dx)."""
+    eps = config.rms_norm_eps
+    x_BTD, mixer_saved, u_BTD = saved
+    normed_BTD = rms_norm(params["mlp_norm.scale"], u_BTD, eps)
+    dmlp, dnormed_BTD = mlp_grad(within(params, "mlp"), normed_BTD, dy_BTD)
+    dmlp_scale, du_BTD = rms_norm_grad(params["mlp_norm.scale"], u_BTD, eps, dnormed_BTD)
+    du_BTD = du_BTD + dy_BTD
+    dnormed_BTD, dmixer = load_mixer(name).backward(
+        config, within(params, "mixer"), mixer_saved, du_BTD
+    )
+    dmixer_scale, dx_BTD = rms_norm_grad(params["mixer_norm.scale"], x_BTD, eps, dnormed_BTD)
+    norms = {"mixer_norm.scale": dmixer_scale, "mlp_norm.scale": dmlp_scale}
+    return norms | under(mixer=dmixer, mlp=dmlp), dx_BTD + du_BTD
+
+
 # Norm and elementwise functions.
 
 
@@ -325,6 +357,40 @@ def evaluate(config: ModelConfig, params: Params, batch: Batch) -> np.ndarray:
     )
 
 
+def activations(config: ModelConfig, params: Params, batch: Batch) -> Params:
+    """The output of every layer, by the name of its parameters and in the order of computation;
+    before a layer that ends a block, its input too (`linear_out.input`: of the attention)."""
+    params = _float64(params)
+    logits_BTV, saved = _forward(config, params, batch.tokens_BT, batch.position_BT)
+    *layers, last_BTD = saved
+    found = {"embedding": layers[0][0]}
+    for index, (name, (x_BTD, mixer_saved, u_BTD)) in enumerate(
+        zip(config.layer_mixers, layers, strict=True)
+    ):
+        inner = within(params, f"layers.{index}")
+        normed_BTD = rms_norm(inner["mlp_norm.scale"], u_BTD, config.rms_norm_eps)
+        gate, up = (within(inner, f"mlp.linear_{part}") for part in ("gate", "up"))
+        next_BTD = layers[index + 1][0] if index + 1 < len(layers) else last_BTD
+        found |= under(
+            **{
+                f"layers.{index}": {
+                    "mixer_norm": rms_norm(inner["mixer_norm.scale"], x_BTD, config.rms_norm_eps),
+                    **under(
+                        mixer=load_mixer(name).activations(within(inner, "mixer"), mixer_saved)
+                    ),
+                    "mixer": u_BTD - x_BTD,
+                    "mlp_norm": normed_BTD,
+                    "mlp.linear_gate": linear(gate, normed_BTD),
+                    "mlp.linear_up": linear(up, normed_BTD),
+                    "mlp": next_BTD - u_BTD,
+                }
+            }
+        )
+        found[f"layers.{index}"] = next_BTD
+    found["final_norm"] = rms_norm(params["final_norm.scale"], last_BTD, config.rms_norm_eps)
+    return found | {"logits": logits_BTV}
+
+
 def loss_and_grad(config: ModelConfig, params: Params, batch: Batch) -> tuple[float, Params]:
     """Mean loss over scored targets, nats per token, and its gradient by parameter name."""
     params = _float64(params)
@@ -340,25 +406,16 @@ def loss_and_grad(config: ModelConfig, params: Params, batch: Batch) -> tuple[fl
 def _forward(
     config: ModelConfig, params: Params, tokens_BT: np.ndarray, position_BT: np.ndarray
 ) -> tuple[np.ndarray, list]:
-    """Logits, and of every layer what its backward pass needs: x, the mixer's, u; then the last x.
-
-    x is what enters a layer, u = x + mixer(norm(x)), and u + mlp(norm(u)) enters the next.
-    """
+    """Logits, and of every layer what its backward pass needs; then the last x."""
     eps, saved = config.rms_norm_eps, []
     x_BTD = params["embedding.weight"][tokens_BT]
     if config.scale_embeddings:
         x_BTD = x_BTD * math.sqrt(config.d_model)
     for index, name in enumerate(config.layer_mixers):
-        layer = within(params, f"layers.{index}")
-        mixed_BTD, mixer_saved = load_mixer(name).forward(
-            config,
-            within(layer, "mixer"),
-            rms_norm(layer["mixer_norm.scale"], x_BTD, eps),
-            position_BT,
+        x_BTD, layer_saved = layer(
+            config, name, within(params, f"layers.{index}"), x_BTD, position_BT
         )
-        u_BTD = x_BTD + mixed_BTD
-        saved.append((x_BTD, mixer_saved, u_BTD))
-        x_BTD = u_BTD + mlp(within(layer, "mlp"), rms_norm(layer["mlp_norm.scale"], u_BTD, eps))
+        saved.append(layer_saved)
     saved.append(x_BTD)
     last_BTD = rms_norm(params["final_norm.scale"], x_BTD, eps)
     return soft_cap(last_BTD @ params["embedding.weight"].T, config.logit_soft_cap), saved
@@ -382,19 +439,10 @@ def _backward(
         params["final_norm.scale"], x_BTD, eps, dlogits_BTV @ embedding_VD
     )
     for index, name in reversed(list(enumerate(config.layer_mixers))):
-        layer = within(params, f"layers.{index}")
-        x_BTD, mixer_saved, u_BTD = saved[index]
-        normed_BTD = rms_norm(layer["mlp_norm.scale"], u_BTD, eps)
-        dmlp, dnormed_BTD = mlp_grad(within(layer, "mlp"), normed_BTD, dx_BTD)
-        dmlp_scale, du_BTD = rms_norm_grad(layer["mlp_norm.scale"], u_BTD, eps, dnormed_BTD)
-        du_BTD = du_BTD + dx_BTD
-        dnormed_BTD, dmixer = load_mixer(name).backward(
-            config, within(layer, "mixer"), mixer_saved, du_BTD
+        dlayer, dx_BTD = layer_grad(
+            config, name, within(params, f"layers.{index}"), saved[index], dx_BTD
         )
-        dmixer_scale, dx_BTD = rms_norm_grad(layer["mixer_norm.scale"], x_BTD, eps, dnormed_BTD)
-        dx_BTD = dx_BTD + du_BTD
-        norms = {"mixer_norm.scale": dmixer_scale, "mlp_norm.scale": dmlp_scale}
-        grads |= under(**{f"layers.{index}": norms | under(mixer=dmixer, mlp=dmlp)})
+        grads |= under(**{f"layers.{index}": dlayer})
     if config.scale_embeddings:
         dx_BTD = dx_BTD * math.sqrt(config.d_model)
     np.add.at(dembedding_VD, tokens_BT, dx_BTD)

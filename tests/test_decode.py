@@ -1,5 +1,6 @@
 """Prefill in any chunks, then decode, equals one forward pass; caches have the predicted bytes."""
 
+from importlib import import_module
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -133,3 +134,13 @@ def test_a_full_cache_says_so(backend):
     token_B, cache = engine.prefill(tokens_of(6)[:, :6], capacity=8)
     with pytest.raises(ValueError, match="capacity=8"):
         engine.decode(token_B, cache, num_tokens=3)
+
+
+def test_a_length_is_one_program_on_an_empty_cache_and_on_a_full_one():
+    engine = engine_of("jax", "hawk")
+    programs = import_module("implementations.jax_backend.engine")._extend
+    before = programs._cache_size()
+    tokens_BT = tokens_of(10)
+    _, cache = engine.extend(tokens_BT[:, :5], engine.empty_cache(B, capacity=T))
+    engine.extend(tokens_BT[:, 5:10], cache)
+    assert programs._cache_size() == before + 1

@@ -267,17 +267,21 @@ def test_rg_lru_follows_the_equations_of_the_paper():
         else:
             scale = np.sqrt(1 - a[b, t] ** 2)
             want[b, t] = a[b, t] * want[b, t - 1] + scale * i[b, t] * x_BTR[b, t]
-    np.testing.assert_allclose(rg_lru.rg_lru(params, x_BTR, POSITION_BT), want, atol=1e-12)
+    h_BTR, h_BR = rg_lru.rg_lru(params, x_BTR, POSITION_BT, normal(B, config.d_rnn))
+    np.testing.assert_allclose(h_BTR, want, atol=1e-12)
+    np.testing.assert_array_equal(h_BTR[:, -1], h_BR)
 
 
 def test_gradients_of_rg_lru_stay_finite_where_a_is_one():
     config = small("hawk")
     params = reference.within(small_params(config), "layers.0.mixer.rg_lru")
     params["a_param"] = np.full(config.d_rnn, -800.0)  # softplus is 0: the root's slope has no end
-    grads, dx_BTR = rg_lru.rg_lru_grad(
-        params, normal(B, T, config.d_rnn), POSITION_BT, normal(B, T, config.d_rnn, seed=9)
+    x_BTR, dh_BTR = normal(2, B, T, config.d_rnn)
+    h0_BR, dh_last_BR = normal(2, B, config.d_rnn)
+    grads, dx_BTR, dh0_BR = rg_lru.rg_lru_grad(
+        params, x_BTR, POSITION_BT, h0_BR, dh_BTR, dh_last_BR
     )
-    assert all(np.isfinite(value).all() for value in (*grads.values(), dx_BTR))
+    assert all(np.isfinite(value).all() for value in (*grads.values(), dx_BTR, dh0_BR))
 
 
 @pytest.mark.parametrize("mixer", ["mqa", "rg_lru"])

@@ -16,11 +16,21 @@ from jax import Array, lax
 
 from implementations import parameters
 from implementations.config import ModelConfig
-from implementations.engine import CPU, Batch, Kernels, OptimizerConfig, Unsupported, check_dtype
-from implementations.jax_backend import model
+from implementations.engine import (
+    CPU,
+    Batch,
+    Kernels,
+    OptimizerConfig,
+    Unsupported,
+    auto,
+    check_dtype,
+)
+from implementations.jax_backend import model, ops
+from implementations.jax_backend.activations import Watched
 from implementations.jax_backend.kernels import attention, linear_scan
-from implementations.jax_backend.layers import cross_entropy, unembed
+from implementations.jax_backend.layers import cross_entropy, exact, unembed
 from implementations.jax_backend.optimizer import adamw
+from implementations.ops import OPS
 
 jax.tree_util.register_dataclass(Batch, ["tokens_BT", "targets_BT", "position_BT"], [])
 
@@ -29,13 +39,9 @@ DEVICE_NAMES = {"v5e": "v5 lite", "v6e": "v6 lite"}
 
 
 def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered.
-
-    `auto` is plain attention on a CPU: measured there on 2 cores at `tiny`, a step of 4096 tokens
-    takes 2.0 s and not 7.5 (fused) with global attention, the same with a window.
-    """
+    """Op -> the variant that computes it; Unsupported names one that is not offered."""
     chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
-    default = {"linear_scan": "analytic", "attention": "plain" if device_kind == CPU else "fused"}
+    default = auto("jax", device_kind)
     resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
@@ -80,6 +86,36 @@ class Engine:
 
     def logits(self, batch: Batch) -> np.ndarray:
         return np.asarray(_logits(self._compute_params, self._put(batch), **self._settings))
+
+    def activations(self, batch: Batch) -> dict[str, np.ndarray]:
+        return on_host(_activations(self._compute_params, self._put(batch), **self._settings))
+
+    def op(
+        self,
+        name: str,
+        params: dict[str, np.ndarray],
+        inputs: dict[str, np.ndarray],
+        doutputs: tuple[np.ndarray, ...],
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        def put(value: np.ndarray, dtype: str) -> Array:
+            return self._put(jnp.asarray(value, dtype))
+
+        op = OPS[name]
+        is_float = {key: value.dtype.kind == "f" for key, value in inputs.items()}
+        outputs, dparams, dinputs = _op(
+            {key: put(value, self.master_dtype) for key, value in params.items()},
+            {
+                key: put(value, self.master_dtype if key in op.wide else self.dtype)
+                for key, value in inputs.items()
+                if is_float[key]
+            },
+            {k: put(v, "int32") for k, v in inputs.items() if not is_float[k]},
+            tuple(put(value, self.master_dtype) for value in doutputs),
+            name=name,
+            settings=ops.Settings(self.config, self.kernels, self.dtype),
+        )
+        outputs = dict(zip(op.outputs, outputs, strict=True))
+        return on_host(outputs), on_host(dparams), on_host(dinputs)
 
     def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         loss, grads = _loss_and_grad(
@@ -152,7 +188,8 @@ class Engine:
         """(states of every layer, position_B): positions are counted on the host."""
         with jax.default_device(self.device):
             states = _empty_states(self.config, batch_size, capacity, self.dtype)
-        return states, np.zeros(batch_size, np.int32)
+        # put there, as the states that programs return: else each length would be compiled twice
+        return self._put(states), np.zeros(batch_size, np.int32)
 
     def extend(self, tokens_BT: np.ndarray, cache: tuple) -> tuple[np.ndarray, tuple]:
         logits_BTV, cache = self._extend(tokens_BT, cache, is_last_only=False)
@@ -238,7 +275,8 @@ def find_device(device_kind: str) -> jax.Device:
 
 
 def on_host(values: dict[str, Array]) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in values.items()}
+    """Copies as arrays; bfloat16, which NumPy lacks, as float32."""
+    return {name: np.array(exact(value)) for name, value in values.items()}
 
 
 # The programs: shared by all engines of equal settings, compiled once a shape.
@@ -271,6 +309,26 @@ def _logits(params: dict, batch: Batch, **settings) -> Array:
 @program(static=("config", "kernels"))
 def _evaluate(params: dict, batch: Batch, **settings) -> Array:
     return cross_entropy(model.logits(params, batch, **settings), batch.targets_BT)
+
+
+@program(static=("config", "kernels"))
+def _activations(params: dict, batch: Batch, **settings) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    logits_BTV = model.logits(Watched(params, found), batch, **settings)
+    return found | {"logits": logits_BTV}
+
+
+@program(static=("name", "settings"))
+def _op(
+    params: dict,
+    inputs: dict,
+    integers: dict,
+    doutputs: tuple,
+    *,
+    name: str,
+    settings: ops.Settings,
+) -> tuple[tuple, dict, dict]:
+    return ops.call(name, settings, params, inputs, integers, doutputs)
 
 
 @program(static=("config", "kernels", "dtype"))

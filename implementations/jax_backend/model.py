@@ -14,6 +14,7 @@ from jax import Array
 
 from implementations.config import ModelConfig
 from implementations.engine import IGNORED, Batch, Kernels
+from implementations.jax_backend.activations import watched
 from implementations.jax_backend.layers import cross_entropy, embed, mlp, rms_norm, unembed
 
 
@@ -81,6 +82,7 @@ def forward(
     return x_BTD, None if states is None else tuple(new_states)
 
 
+@watched
 def layer(
     params: dict,
     x_BTD: Array,

@@ -70,3 +70,12 @@ def backward(
         grads[name], dx = linear_grad(within(params, name), x_BTD, dprojected.reshape(B, T, -1))
         dx_BTD += dx
     return dx_BTD, under(**grads)
+
+
+def activations(params: Params, saved: Any) -> Params:
+    """What forward computed on its way, by the name of the layer that gives it."""
+    x_BTD, _, y_BTE = saved
+    projected = {
+        name: linear(within(params, name), x_BTD) for name in ("linear_q", "linear_k", "linear_v")
+    }
+    return projected | {"linear_out.input": y_BTE}

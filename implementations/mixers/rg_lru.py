@@ -60,7 +60,8 @@ def forward(
     x_BTR = linear(within(params, "linear_x"), x_BTD)
     conv = (params["conv_1d.weight"], params.get("conv_1d.bias"), x_BTR, position_BT)
     conv_BTR = reference.causal_conv(*conv)
-    h_BTR = rg_lru(within(params, "rg_lru"), conv_BTR, position_BT)
+    h0_BR = np.zeros_like(conv_BTR[:, 0])
+    h_BTR, _ = rg_lru(within(params, "rg_lru"), conv_BTR, position_BT, h0_BR)
     y_BTD = linear(within(params, "linear_out"), gelu(before_BTR) * h_BTR)
     return y_BTD, (x_BTD, before_BTR, conv, conv_BTR, h_BTR)
 
@@ -73,8 +74,14 @@ def backward(
     position_BT = conv[-1]
     gate_BTR = gelu(before_BTR)
     dout, dproduct_BTR = linear_grad(within(params, "linear_out"), gate_BTR * h_BTR, dy_BTD)
-    dunit, dconv_BTR = rg_lru_grad(
-        within(params, "rg_lru"), conv_BTR, position_BT, dproduct_BTR * gate_BTR
+    zeros_BR = np.zeros_like(conv_BTR[:, 0])  # h0, and the gradient of the last state
+    dunit, dconv_BTR, _ = rg_lru_grad(
+        within(params, "rg_lru"),
+        conv_BTR,
+        position_BT,
+        zeros_BR,
+        dproduct_BTR * gate_BTR,
+        zeros_BR,
     )
     dweight_WR, dbias_R, dinput_BTR = reference.causal_conv_grad(*conv, dconv_BTR)
     dconv = {"weight": dweight_WR} if dbias_R is None else {"weight": dweight_WR, "bias": dbias_R}
@@ -87,21 +94,42 @@ def backward(
     return dx_y_BTD + dx_x_BTD, grads
 
 
-def rg_lru(params: Params, x_BTR: np.ndarray, position_BT: np.ndarray) -> np.ndarray:
-    """Every state h_t, from an empty state; at a document's start h_t = i_t x_t."""
-    a_BTR, input_BTR, h0_BR, _ = _recurrence(params, x_BTR, position_BT)
-    return reference.linear_scan(a_BTR, input_BTR, h0_BR)[0]
+def activations(params: Params, saved: Any) -> Params:
+    """What forward computed on its way, by the name of the layer that gives it."""
+    _, before_BTR, conv, conv_BTR, h_BTR = saved
+    return {
+        "linear_y": before_BTR,
+        "linear_x": conv[2],
+        "conv_1d": conv_BTR,
+        "rg_lru.a_gate": reference.block_diagonal(within(params, "rg_lru.a_gate"), conv_BTR),
+        "rg_lru.input_gate": reference.block_diagonal(
+            within(params, "rg_lru.input_gate"), conv_BTR
+        ),
+        "rg_lru": h_BTR,
+        "linear_out.input": gelu(before_BTR) * h_BTR,
+    }
+
+
+def rg_lru(
+    params: Params, x_BTR: np.ndarray, position_BT: np.ndarray, h0_BR: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every state h_t, and the last one; at a document's start h_t = i_t x_t."""
+    a_BTR, input_BTR, _ = _recurrence(params, x_BTR, position_BT)
+    return reference.linear_scan(a_BTR, input_BTR, h0_BR)
 
 
 def rg_lru_grad(
-    params: Params, x_BTR: np.ndarray, position_BT: np.ndarray, dh_BTR: np.ndarray
-) -> tuple[Params, np.ndarray]:
-    """(gradients by name, dx)."""
-    a_BTR, input_BTR, h0_BR, (r_BTR, i_BTR, log_a_BTR, scale_BTR) = _recurrence(
-        params, x_BTR, position_BT
-    )
-    da_BTR, dinput_BTR, _ = reference.linear_scan_grad(
-        a_BTR, input_BTR, h0_BR, dh_BTR, np.zeros_like(h0_BR)
+    params: Params,
+    x_BTR: np.ndarray,
+    position_BT: np.ndarray,
+    h0_BR: np.ndarray,
+    dh_BTR: np.ndarray,
+    dh_last_BR: np.ndarray,
+) -> tuple[Params, np.ndarray, np.ndarray]:
+    """(gradients by name, dx, dh0)."""
+    a_BTR, input_BTR, (r_BTR, i_BTR, log_a_BTR, scale_BTR) = _recurrence(params, x_BTR, position_BT)
+    da_BTR, dinput_BTR, dh0_BR = reference.linear_scan_grad(
+        a_BTR, input_BTR, h0_BR, dh_BTR, dh_last_BR
     )
     # d log_a, through a and through scale = sqrt(u), u = 1 - exp(2 log_a); none where a is reset.
     du_BTR = reference.bounded_sqrt_grad(-np.expm1(2 * log_a_BTR), dinput_BTR * i_BTR * x_BTR)
@@ -116,11 +144,11 @@ def rg_lru_grad(
     da_gate, dx_a = reference.block_diagonal_grad(within(params, "a_gate"), x_BTR, dr_BTR)
     dinput_gate, dx_i = reference.block_diagonal_grad(within(params, "input_gate"), x_BTR, di_BTR)
     grads = under(a_gate=da_gate, input_gate=dinput_gate) | {"a_param": da_param_R}
-    return grads, dinput_BTR * scale_BTR * i_BTR + dx_a + dx_i
+    return grads, dinput_BTR * scale_BTR * i_BTR + dx_a + dx_i, dh0_BR
 
 
 def _recurrence(params: Params, x_BTR: np.ndarray, position_BT: np.ndarray) -> tuple:
-    """(a, scale * i * x, h0) of the linear recurrence, and the gates behind them."""
+    """(a, scale * i * x) of the linear recurrence, and the gates behind them."""
     is_start_BT1 = position_BT[..., None] == 0
     r_BTR = reference.sigmoid(reference.block_diagonal(within(params, "a_gate"), x_BTR))
     i_BTR = reference.sigmoid(reference.block_diagonal(within(params, "input_gate"), x_BTR))
@@ -128,5 +156,4 @@ def _recurrence(params: Params, x_BTR: np.ndarray, position_BT: np.ndarray) -> t
     scale_BTR = reference.bounded_sqrt(-np.expm1(2 * log_a_BTR))  # sqrt(1 - a^2), exact near 1
     scale_BTR = np.where(is_start_BT1, 1.0, scale_BTR)
     a_BTR = np.where(is_start_BT1, 0.0, np.exp(log_a_BTR))
-    h0_BR = np.zeros_like(x_BTR[:, 0])
-    return a_BTR, scale_BTR * i_BTR * x_BTR, h0_BR, (r_BTR, i_BTR, log_a_BTR, scale_BTR)
+    return a_BTR, scale_BTR * i_BTR * x_BTR, (r_BTR, i_BTR, log_a_BTR, scale_BTR)

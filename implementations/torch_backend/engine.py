@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 from implementations import parameters
 from implementations.config import ModelConfig
-from implementations.engine import CPU, Batch, Kernels, OptimizerConfig, Unsupported, check_dtype
-from implementations.torch_backend import model
+from implementations.engine import (
+    CPU,
+    Batch,
+    Kernels,
+    OptimizerConfig,
+    Unsupported,
+    auto,
+    check_dtype,
+)
+from implementations.ops import OPS
+from implementations.torch_backend import model, ops
+from implementations.torch_backend.activations import watched
 from implementations.torch_backend.kernels import attention, linear_scan
-from implementations.torch_backend.layers import cross_entropy
+from implementations.torch_backend.layers import cross_entropy, exact
 from implementations.torch_backend.optimizer import adamw, clip_by_global_norm, learning_rate
 
 MAX_PROGRAMS = 256  # of one function: shapes that one process may compile
@@ -35,14 +45,10 @@ class Cache(NamedTuple):
     position: int  # of the next token, counted on the host
 
 
-def resolve(kernels: Kernels) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered.
-
-    `auto` is fused attention, on a CPU too: measured there on 2 cores at `tiny`, a step of 4096
-    tokens takes 1.4 s and not 4.2 (plain) with global attention, 97 ms and not 90 with a window.
-    """
+def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
+    """Op -> the variant that computes it; Unsupported names one that is not offered."""
     chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
-    default = {"linear_scan": "analytic", "attention": "fused"}
+    default = auto("torch", device_kind)
     resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
@@ -60,7 +66,7 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
-        resolved = resolve(kernels)
+        resolved = resolve(kernels, device_kind)
         self.kernels = kernels
         self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
         self.device = find_device(device_kind)
@@ -91,6 +97,41 @@ class Engine:
         with torch.inference_mode():
             tokens_BT, _, position_BT = self._put(batch)
             return self._compute_model.logits(tokens_BT, position_BT).cpu().numpy()
+
+    @torch.inference_mode()
+    def activations(self, batch: Batch) -> dict[str, np.ndarray]:
+        tokens_BT, _, position_BT = self._put(batch)
+        with watched(self._compute_model) as found:
+            x_BTD, _ = self._compute_model(tokens_BT, position_BT, None)
+        given = {"embedding": found["layers.0.input"], "logits": self._compute_model.unembed(x_BTD)}
+        return on_host(found | given)  # a module of two functions has no hook
+
+    def op(
+        self,
+        name: str,
+        params: dict[str, np.ndarray],
+        inputs: dict[str, np.ndarray],
+        doutputs: tuple[np.ndarray, ...],
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        def put(value: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=self.device)
+
+        op = OPS[name]
+        is_float = {key: value.dtype.kind == "f" for key, value in inputs.items()}
+        outputs, dparams, dinputs = ops.call(
+            name,
+            ops.Settings(self.config, self.resolved_kernels, self.dtype),
+            {key: put(value, self.master_dtype) for key, value in params.items()},
+            {
+                key: put(value, self.master_dtype if key in op.wide else self.dtype)
+                for key, value in inputs.items()
+                if is_float[key]
+            },
+            {k: put(v, torch.int64) for k, v in inputs.items() if not is_float[k]},
+            tuple(put(value, self.master_dtype) for value in doutputs),
+        )
+        outputs = dict(zip(op.outputs, outputs, strict=True))
+        return on_host(outputs), on_host(dparams), on_host(dinputs)
 
     def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         loss = self._backward(batch, activation_checkpointing=False)
@@ -273,7 +314,8 @@ def find_device(device_kind: str) -> torch.device:
 
 
 def on_host(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.detach().cpu().numpy().copy() for name, value in values.items()}
+    """Copies as arrays; bfloat16, which NumPy lacks, as float32."""
+    return {name: exact(value.detach()).cpu().numpy().copy() for name, value in values.items()}
 
 
 def write(tensors: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:

@@ -73,7 +73,8 @@ def ours(config: ModelConfig, values: dict[str, np.ndarray]) -> dict[str, np.nda
 
 def _turned(spec: ParamSpec, value: np.ndarray) -> np.ndarray:
     """From either layout to the other: of linear layers and taps the axes are reversed."""
-    return value.T if spec.decayed or spec.axes[0] == "taps" else value
+    is_turned = ".linear_" in spec.name or spec.axes[0] == "taps"
+    return value.T if is_turned else value
 
 
 def _name(config: ModelConfig, name: str) -> str:

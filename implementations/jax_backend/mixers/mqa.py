@@ -13,6 +13,7 @@ from jax import Array
 
 from implementations.config import ModelConfig
 from implementations.engine import Kernels
+from implementations.jax_backend.activations import watched
 from implementations.jax_backend.kernels.attention import attention, window_attention
 from implementations.jax_backend.layers import linear
 
@@ -29,6 +30,7 @@ def empty_state(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.
     return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
+@watched
 def mixer(
     params: dict,
     x_BTD: Array,

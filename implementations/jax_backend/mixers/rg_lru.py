@@ -11,6 +11,7 @@ from jax import Array
 
 from implementations.config import ModelConfig
 from implementations.engine import Kernels
+from implementations.jax_backend.activations import watched
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.layers import block_diagonal, causal_conv, gelu, linear
 
@@ -30,6 +31,7 @@ def empty_state(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.
     )
 
 
+@watched
 def mixer(
     params: dict,
     x_BTD: Array,
@@ -48,6 +50,7 @@ def mixer(
     return y_BTD, None if state is None else State(conv_BWR, h_BR)
 
 
+@watched
 def rg_lru(
     params: dict, x_BTR: Array, position_BT: Array, h0_BR: Array, variant: str
 ) -> tuple[Array, Array]:

@@ -1,0 +1,168 @@
+"""Every op of implementations/ops.py, called alone: for checks. Inputs by name, outputs as a tuple.
+
+Twin: implementations/jax_backend/ops.py.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from implementations.config import ModelConfig
+from implementations.mixers import MIXERS
+from implementations.ops import OPS as TRUTH
+from implementations.ops import chunks_of
+from implementations.torch_backend import layers, model
+from implementations.torch_backend.kernels.linear_scan import linear_scan
+from implementations.torch_backend.mixers import mqa, rg_lru
+
+
+class Settings(NamedTuple):
+    config: ModelConfig
+    kernels: dict[str, str]
+    dtype: torch.dtype
+
+
+def embed(s: Settings, params: dict, tokens_BT: Tensor) -> tuple:
+    module = loaded(layers.Embedding(*params["weight"].shape), params)
+    return (module.embed(tokens_BT, s.dtype, is_scaled=s.config.scale_embeddings),)
+
+
+def rms_norm(s: Settings, params: dict, x_BTD: Tensor) -> tuple:
+    module = loaded(layers.RMSNorm(x_BTD.shape[-1], s.config.rms_norm_eps), params)
+    return (module(x_BTD),)
+
+
+def linear(s: Settings, params: dict, x: Tensor) -> tuple:
+    return (loaded(layers.Linear(*params["weight"].shape, "bias" in params), params)(x),)
+
+
+def gelu(s: Settings, params: dict, x: Tensor) -> tuple:
+    return (layers.gelu(x),)
+
+
+def causal_conv(
+    s: Settings, params: dict, x_BTR: Tensor, position_BT: Tensor, conv_BWR: Tensor
+) -> tuple:
+    module = loaded(layers.CausalConv(*params["weight"].shape, "bias" in params), params)
+    return module(x_BTR, position_BT, conv_BWR)
+
+
+def block_diagonal(s: Settings, params: dict, x_BTR: Tensor) -> tuple:
+    num_blocks, width = params["weight"].shape[0], x_BTR.shape[-1]
+    return (loaded(layers.BlockDiagonal(num_blocks, width, "bias" in params), params)(x_BTR),)
+
+
+def bounded_sqrt(s: Settings, params: dict, x: Tensor) -> tuple:
+    return (rg_lru.bounded_sqrt(x),)
+
+
+def scan(s: Settings, params: dict, a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple:
+    return linear_scan(a_BTR, x_BTR, h0_BR, s.kernels["linear_scan"])
+
+
+def recurrence(
+    s: Settings, params: dict, x_BTR: Tensor, position_BT: Tensor, h0_BR: Tensor
+) -> tuple:
+    return loaded(rg_lru.RGLRU(s.config, s.kernels), params)(x_BTR, position_BT, h0_BR)
+
+
+def rope(s: Settings, params: dict, x_BTNH: Tensor, position_BT: Tensor) -> tuple:
+    return (mqa.rope(x_BTNH, *mqa.rope_angles(x_BTNH, position_BT, s.config)),)
+
+
+def attention(
+    s: Settings, params: dict, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, position_BT: Tensor
+) -> tuple:
+    inputs = (q_BTNH, k_BTKH, v_BTKH, position_BT)
+    return (mqa.attend_alone(*inputs, s.config, s.kernels["attention"]),)
+
+
+def unembed(s: Settings, params: dict, x_BTD: Tensor) -> tuple:
+    module = loaded(layers.Embedding(*params["weight"].shape), params)
+    return (module.unembed(x_BTD, s.config.logit_soft_cap),)
+
+
+def cross_entropy(s: Settings, params: dict, logits_BTV: Tensor, targets_BT: Tensor) -> tuple:
+    return (layers.cross_entropy(logits_BTV, targets_BT),)
+
+
+def mlp(s: Settings, params: dict, x: Tensor) -> tuple:
+    return (loaded(layers.MLP(s.config), params)(x),)
+
+
+def mixer(name: str, s: Settings, params: dict, x_BTD: Tensor, position_BT: Tensor) -> tuple:
+    module = model.load_mixer(name).Mixer(s.config, s.kernels)
+    return loaded(module, params)(x_BTD, position_BT, None)[:1]
+
+
+def chunks(name: str, s: Settings, params: dict, x_BTD: Tensor) -> tuple:
+    B, T, _ = x_BTD.shape
+    kind, parts = model.load_mixer(name), []
+    module = loaded(kind.Mixer(s.config, s.kernels), params)
+    state = kind.empty_state(s.config, B, T, x_BTD.dtype, x_BTD.device)
+    for piece in chunks_of(s.config, T):
+        position_T = torch.arange(piece.start, piece.stop, device=x_BTD.device)
+        y_BTD, state = module(x_BTD[:, piece], position_T.expand(B, -1), state)
+        parts.append(y_BTD)
+    return (torch.cat(parts, 1),)
+
+
+def layer(name: str, s: Settings, params: dict, x_BTD: Tensor, position_BT: Tensor) -> tuple:
+    module = model.Layer(s.config, s.kernels, name)
+    return loaded(module, params)(x_BTD, position_BT, None)[:1]
+
+
+OPS = {
+    "embed": embed,
+    "rms_norm": rms_norm,
+    "linear": linear,
+    "gelu": gelu,
+    "causal_conv": causal_conv,
+    "block_diagonal": block_diagonal,
+    "bounded_sqrt": bounded_sqrt,
+    "linear_scan": scan,
+    "rg_lru": recurrence,
+    "rope": rope,
+    "attention": attention,
+    "unembed": unembed,
+    "cross_entropy": cross_entropy,
+    "mlp": mlp,
+    **{f"mixer.{name}": partial(mixer, name) for name in MIXERS},
+    **{f"chunks.{name}": partial(chunks, name) for name in MIXERS},
+    **{f"layer.{name}": partial(layer, name) for name in MIXERS},
+}
+
+
+def call(
+    name: str, settings: Settings, params: dict, inputs: dict, integers: dict, doutputs: tuple
+) -> tuple[tuple, dict, dict]:
+    """(outputs, gradients of the parameters, gradients of the inputs)."""
+    params = {key: nn.Parameter(value) for key, value in params.items()}
+    if TRUTH[name].backward is None:
+        with torch.no_grad():
+            return OPS[name](settings, params, **inputs, **integers), {}, {}
+    inputs = {key: value.requires_grad_() for key, value in inputs.items()}
+    outputs = OPS[name](settings, params, **inputs, **integers)
+    sources = [*params.values(), *inputs.values()]
+    pulled = [(y, d.to(y.dtype)) for y, d in zip(outputs, doutputs, strict=True) if y.requires_grad]
+    pulled, doutputs = zip(*pulled, strict=True)
+    grads = torch.autograd.grad(pulled, sources, doutputs, allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(sources, grads, strict=True)]
+    return (
+        tuple(y.detach() for y in outputs),
+        dict(zip(params, grads, strict=False)),
+        dict(zip(inputs, grads[len(params) :], strict=True)),
+    )
+
+
+def loaded(module: nn.Module, params: dict[str, nn.Parameter]) -> nn.Module:
+    """The module with these very parameters, laid out in memory as its own."""
+    for name, parameter in list(module.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        value = params[name]
+        if value.stride() != parameter.stride():
+            value.data = torch.empty_like(parameter, dtype=value.dtype).copy_(value.data)
+        setattr(module.get_submodule(path), leaf, value)
+    return module
