@@ -96,7 +96,8 @@ def loss_by_position(frame: pd.DataFrame) -> Figure | None:
 
 
 def parity_error(frame: pd.DataFrame) -> Figure | None:
-    """The worst error of each kind of field as a share of its tolerance; an exact 0 at the left."""
+    """The worst error of each level of the parity ladder as a share of its tolerance; an exact 0 at
+    the left."""
     errors = derive.parity_errors(frame)
     if len(errors):
         is_counted = errors["is_counted"].fillna(False).astype(bool)
@@ -104,9 +105,7 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
     if errors.empty:
         return None
     names = zip(errors["dtype"], errors["field"], strict=True)
-    errors["kind"] = [
-        f"{dtype}/{field.removeprefix(f'{dtype}/').split('/')[0]}" for dtype, field in names
-    ]
+    errors["kind"] = [f"{field.split('/')[0]} {dtype}" for dtype, field in names]
     errors = errors.sort_values("share", kind="stable")
     key = ["kind", "family", "backend"]
     worst = errors.drop_duplicates(key, keep="last").sort_values("kind", kind="stable")
@@ -133,6 +132,49 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
     return figure
 
 
+def training_parity(frame: pd.DataFrame) -> Figure | None:
+    """Hundreds of steps on text in both backends (parity, level L5): the losses lie on each other,
+    their distance from the float64 training grows as rounding alone lets it grow (grey: the same
+    training, disturbed by float32's rounding and by nothing else)."""
+    rows = frame[(frame["suite"] == "parity") & (frame["metric"] == "train_loss")]
+    rows = rows[rows["levels"] == "L5"]
+    if rows.empty:
+        return None
+    rows = rows.assign(curve=rows["field"].where(rows["field"].notna(), rows["backend"]))
+    families = sorted(rows["family"].unique(), key=derive.family_order)
+    figure = Figure(figsize=(4.2 * len(families), 5.2), layout="constrained")
+    panels = figure.subplots(
+        2, len(families), sharex=True, sharey="row", squeeze=False, height_ratios=(1, 1.2)
+    )
+    for family, (above, below) in zip(families, panels.T, strict=True):
+        part = rows[rows["family"] == family]
+        curves = part.pivot_table(index="at", columns="curve", values="value", aggfunc="mean")
+        color = style.FAMILY_COLORS.get(family, style.OTHER_COLORS[0])
+        true = curves["float64"]
+        named = [name for name in style.BACKEND_LABELS if name in curves]
+        above.plot(curves.index, true, color=style.GRID, linewidth=4, alpha=0.5, label="float64")
+        pairs = {"rounding alone": (curves["float64, rounded"], true, style.GRID, "-")}
+        for name in named:
+            look = {"color": color, "linestyle": style.BACKEND_LINES[name]}
+            above.plot(curves.index, curves[name], label=style.BACKEND_LABELS[name], **look)
+            label = f"{style.BACKEND_LABELS[name]} to float64"
+            pairs[label] = (curves[name], true, color, style.BACKEND_LINES[name])
+        if len(named) == 2:
+            pairs["JAX to PyTorch"] = (curves["jax"], curves["torch"], style.INK, ":")
+        for label, (one, other, ink, line) in pairs.items():
+            # the largest so far: two curves may cross, and have then not come nearer
+            distance = ((one - other).abs() / other).cummax()
+            below.plot(curves.index, distance, label=label, color=ink, linestyle=line)
+        above.set_title(style.FAMILY_LABELS.get(family, family))
+        below.set_yscale("log")
+        below.set_xlabel("Optimizer step")
+        for axes in (above, below):
+            axes.legend(fontsize=7.5)
+    panels[0, 0].set_ylabel(METRICS["train_loss"].label)
+    panels[1, 0].set_ylabel("Largest relative difference so far")
+    return figure
+
+
 def peak_memory(frame: pd.DataFrame) -> Figure | None:
     """Peak memory in training by seq_len; a cross at the top edge is a run that did not end."""
     rows = _summary(frame, "training_speed", "peak_memory_bytes")
@@ -146,7 +188,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
     function.__name__: function
     for function in (relative_step_time, training_throughput, prefill_latency, decode_latency,
                      decode_throughput, learning_curves, loss_by_position, peak_memory,
-                     parity_error)
+                     parity_error, training_parity)
 }  # fmt: skip
 
 

@@ -49,18 +49,20 @@ def is_far(distance: Any, median: Any, median_distance: Any, count: Any) -> Any:
     return (distance > far) & (count >= MIN_REPEATS)
 
 
-def student_interval(values: Sequence[float]) -> Interval | None:
+def student_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Interval of the mean, by Student's t; None below two values."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return None
-    half = student_half_width(len(values), float(values.std(ddof=1)))
+    half = student_half_width(len(values), float(values.std(ddof=1)), level)
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def student_half_width(n: np.ndarray | int, deviation: np.ndarray | float) -> np.ndarray | float:
+def student_half_width(
+    n: np.ndarray | int, deviation: np.ndarray | float, level: float = LEVEL
+) -> np.ndarray | float:
     """Half the interval of a mean of n values, elementwise."""
-    return stdtrit(np.asarray(n) - 1, (1 + LEVEL) / 2) * deviation / np.sqrt(n)
+    return stdtrit(np.asarray(n) - 1, (1 + level) / 2) * deviation / np.sqrt(n)
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:

@@ -120,14 +120,36 @@ def compare(
 def parity(
     overrides: Overrides = None,
     results: Results = RAW,
-    rerun_stale: Rerun = False,
+    level: Annotated[
+        list[str] | None,
+        typer.Option("--level", help="L0 to L7, repeatable. Default: all but the long L5 and L6."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option("--against", help="float64, jax, torch, or another --results folder.")
+    ] = "float64",
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Plant defects: does the ladder catch each?")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the noise; write tolerances.yaml.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every family in both backends against float64. Exit code 1 where one is red."""
-    from suites import commands
+    """Climb the parity ladder in both backends. Exit code 1 where a check is red."""
+    from suites.ladder import commands
 
+    if prove or calibrate:
+        if overrides or level or against != "float64" or (prove and calibrate):
+            raise typer.BadParameter("--prove and --calibrate stand alone: they take all.")
+        raise typer.Exit(commands.prove(as_json=as_json) if prove else commands.calibrate())
     raise typer.Exit(
-        commands.parity(overrides or [], results, rerun_stale=rerun_stale, as_json=as_json)
+        commands.parity(
+            overrides or [],
+            results,
+            levels=tuple(level or ()),
+            against=against,
+            as_json=as_json,
+        )
     )
 
 

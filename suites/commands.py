@@ -17,8 +17,6 @@ from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
 
 AS_PLANNED, NOT_AS_PLANNED, WRONG_REQUEST = 0, 1, 2
-PARITY = ("suite=parity", "family=mqa,mqa_local,hawk,griffin", "backend=jax,torch",
-          "size=tiny", "dtype=float32,float64")  # fmt: skip
 T = TypeVar("T")
 
 
@@ -39,7 +37,7 @@ def run(
 ) -> int:
     request, planned = _planned(overrides, store)
     ahead = _ahead(planned, store, rerun_stale, verify_frontier)
-    result, planned = _sweep(
+    result, planned = run_pending(
         request, planned, store, overrides, rerun_stale, verify_frontier, ahead
     )
     if result.outcomes or not reports.report_path(store, None, request.title).exists():
@@ -120,7 +118,7 @@ def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
 
 def report(store: Path, out: Path | None, *, title: str) -> int:
     _need_records(store)
-    with _request():
+    with one_line():
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
     print(f"report: {reports.write(store, out, title=title, overrides=None)}")
@@ -134,7 +132,7 @@ def compare(
     from analysis import derive, tables
 
     frame = reports.frame_of(store)
-    with _request():
+    with one_line():
         if by not in derive.BASELINE:
             raise ValueError(_unknown("--by", by, list(derive.BASELINE)))
         known = sorted(set(frame[by].dropna()))
@@ -154,44 +152,6 @@ def compare(
     else:
         print(f"only {baseline} was measured: nothing to compare by {by}.")
     return AS_PLANNED
-
-
-def parity(
-    overrides: list[str], store: Path, *, rerun_stale: bool = False, as_json: bool = False
-) -> int:
-    with _request():
-        typed = compose.parse(overrides)
-        if typed.get("suite", ["parity"]) != ["parity"] or "experiment" in typed:
-            raise ValueError("aerie parity runs suite=parity; for others use aerie run.")
-    request, planned = _planned([*PARITY, *overrides], store)
-    result, planned = _sweep(
-        request, planned, store, [*PARITY, *overrides], rerun_stale, verify_frontier=False
-    )
-    from analysis import derive, tables
-
-    frame = reports.frame_of(store)
-    frame = frame[frame["run_id"].isin({item.run.run_id for item in planned})]
-    table = tables.parity(frame)
-    between = list(reports.between_backends(store, planned))
-    is_red = (table.frame["status"] != derive.GREEN).any() or any(
-        not row["is_within"] for row in between
-    )
-    if as_json:
-        display.print_json({"backends": _json_rows(table.frame), "between_backends": between})
-    else:
-        display.print_table(table.header, table.rows, title=table.title)
-        if between:
-            header = ["family", "dtype", "jax to torch", "relative_error", "tolerance", "verdict"]
-            rows = [
-                [row["family"], row["dtype"], row["field"],
-                 display.NONE if row["relative_error"] is None else f"{row['relative_error']:.1e}",
-                 f"{row['tolerance']:.1e}", "green" if row["is_within"] else "RED"]
-                for row in between
-            ]  # fmt: skip
-            print()
-            display.print_table(header, rows, title="JAX to PyTorch, the worst tensor of each")
-        print(table.note)
-    return NOT_AS_PLANNED if is_red else _exit_code(planned, result)
 
 
 def doctor(store: Path, *, as_json: bool = False) -> int:
@@ -231,7 +191,7 @@ def doctor(store: Path, *, as_json: bool = False) -> int:
 
 
 def prepare(overrides: list[str], *, workers: int | None = None, as_json: bool = False) -> int:
-    with _request():
+    with one_line():
         request = compose.read(overrides, bare=compose.BARE_PLAN)
         configs = _data_configs(request.settings)
     for config in configs:
@@ -256,7 +216,7 @@ def prepare(overrides: list[str], *, workers: int | None = None, as_json: bool =
 
 
 @contextmanager
-def _request() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """What goes wrong inside is the user's to fix: one line, exit code 2, nothing started."""
     try:
         yield
@@ -268,7 +228,7 @@ def _request() -> Iterator[None]:
 def _planned(
     overrides: list[str], store: Path, *, bare: Iterable[str] = ()
 ) -> tuple[compose.Request, list[Planned]]:
-    with _request():
+    with one_line():
         if store.exists() and not store.is_dir():
             raise ValueError(f"--results {store} is a file; name a folder.")
         request = compose.read(overrides, bare=bare)
@@ -288,7 +248,7 @@ def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
 
 
 def _need_records(store: Path) -> None:
-    with _request():
+    with one_line():
         if not (store / "runs").is_dir():
             raise ValueError(
                 f"no records in {store}; run something first, or name their folder: --results DIR."
@@ -319,11 +279,11 @@ def _todo(
 def _ahead(
     planned: list[Planned], store: Path, rerun_stale: bool = False, verify_frontier: bool = False
 ) -> list[Planned]:
-    with _request():
+    with one_line():
         return gate.ahead(store, planned, _todo(planned, rerun_stale, verify_frontier))
 
 
-def _sweep(
+def run_pending(
     request: compose.Request,
     planned: list[Planned],
     store: Path,
@@ -345,7 +305,7 @@ def _sweep(
         print(f"{words}; run them again with --rerun-stale.", file=sys.stderr)
     if not todo:
         return Result(), planned
-    with _request():
+    with one_line():
         store.mkdir(parents=True, exist_ok=True)
         if not os.access(store, os.W_OK):
             raise ValueError(f"--results {store} cannot be written.")
@@ -373,7 +333,7 @@ def _sweep(
         )
     if result.is_interrupted:
         left = len(todo) - len(result.outcomes)
-        again = reports.command_of("run", overrides, store)
+        again = reports.command_of(request.command, overrides, store)
         left = display.count(left, "run")
         print(f"interrupted; {left} not started. To go on: {again}", file=sys.stderr)
     return result, planned
@@ -398,7 +358,7 @@ def _prepare(config: DataConfig, workers: int | None) -> Any:
             end = "\r" if sys.stderr.isatty() and percent < 100 else "\n"
             print(f"data {config.name}: {percent}%", end=end, file=sys.stderr, flush=True)
 
-    with _request():
+    with one_line():
         return data.prepare(config, workers=workers, progress=progress)
 
 

@@ -40,6 +40,7 @@ class Request:
     title: str
     cluster: Cluster
     settings: list[dict[str, Any]]
+    command: str = "run"  # that asked for it
 
 
 def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:

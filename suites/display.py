@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -110,6 +110,21 @@ def print_card(item: Planned) -> None:
     width = max(len(row[0]) for row in rows)
     for key, value in rows:
         print(f"{key:<{width}}  {value}")
+
+
+def count_up(title: str) -> Callable[[int, int, str], None]:
+    """Tells how many of a known number have ended, and when the rest may have."""
+    start = time.perf_counter()
+
+    def ended(done: int, total: int, what: str) -> None:
+        left = (time.perf_counter() - start) / done * (total - done)
+        estimate = f"; about {duration(left)} left" if done < total else ""
+        is_terminal = sys.stderr.isatty()
+        end = "\r" if is_terminal and done < total else "\n"
+        line = f"[{done}/{total}] {title} {what}{estimate}"
+        print(f"{line:<100}" if is_terminal else line, end=end, file=sys.stderr, flush=True)
+
+    return ended
 
 
 class SweepProgress:

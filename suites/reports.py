@@ -1,14 +1,12 @@
 """From a store to what is read: the frame with its builds judged, the page, the printed tables."""
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from suites import display
 from suites.harness import provenance
-from suites.harness.plan import FINISHED, Planned
-from suites.harness.run import Run
+from suites.harness.plan import FINISHED
 
 DEFAULT_STORE = Path("results/raw")
 TWINS = ("jax", "torch")  # they compute all that parity asks for
@@ -68,45 +66,3 @@ def print_side_by_side(store: Path, run_ids: set[str]) -> None:
         if table.rows:
             print()
             display.print_table(table.header, table.rows, title=table.title)
-
-
-def between_backends(store: Path, planned: list[Planned]) -> Iterator[dict[str, Any]]:
-    """The worst difference of the twins' tensors, for each parity run that both have."""
-    import numpy as np
-
-    from suites import parity as suite
-
-    runs: dict[str, dict[str, Run]] = {}
-    for item in planned:
-        values = item.run.to_json()
-        key = str({k: v for k, v in values.items() if k != "backend"})
-        runs.setdefault(key, {})[item.run.backend] = item.run
-    for pair in runs.values():
-        files = {name: _newest_tensors(store, pair[name]) for name in TWINS if name in pair}
-        if len(files) < len(TWINS) or None in files.values():
-            continue
-        with np.load(files["jax"]) as ours, np.load(files["torch"]) as other:
-            found = suite.compare_tensors(dict(ours), dict(other))
-            # the truth is not at hand: of the limits by either side's steps, the stricter
-            sides = [suite.tolerances(pair["jax"], dict(side)) for side in (ours, other)]
-            limits = {field: min(s[field] for s in sides if field in s) for field in found}
-        run = pair["jax"]
-        # Tokens are no numbers: near a tie two are right. Each side's are judged by true logits.
-        del found["decode"]
-        field = max(found, key=lambda name: _share(found[name], limits[name]))
-        yield {
-            "family": run.model.family,
-            "dtype": run.dtype,
-            "field": field,
-            "relative_error": found[field] if np.isfinite(found[field]) else None,
-            "tolerance": limits[field],
-            "is_within": found[field] <= limits[field],
-        }
-
-
-def _share(error: float, limit: float) -> float:
-    return error / limit if error == error else float("inf")
-
-
-def _newest_tensors(store: Path, run: Run) -> Path | None:
-    return max((store / "runs" / run.run_id).glob("*.npz"), default=None)

@@ -136,18 +136,6 @@ def test_parity_that_did_not_complete_is_red():
     assert status_of([done]) == ["green"]
 
 
-def test_parity_keeps_the_dtypes_of_one_run_apart():
-    samples = []
-    for field, error in (("float32/logits", 1e-6), ("float64/logits", 1e-3)):
-        samples += [sample("relative_error", error, field=field),
-                    sample("tolerance", 1e-5, field=field)]  # fmt: skip
-    found = derive.parity(frame_of([record("parity", samples=tuple(samples))]))
-    assert dict(zip(found["dtype"], found["status"], strict=True)) == {
-        "float32": "green",
-        "float64": "red",
-    }
-
-
 KERNELS = {"linear_scan": "analytic", "attention": "plain", "program": "compiled"}
 
 

@@ -6,7 +6,6 @@ once, very small.
 
 import math
 from collections import Counter
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import pytest
 import yaml
 from conftest import BACKENDS, tiny
 
-from implementations import cost, parameters
+from implementations import cost
 from implementations.config import build
-from implementations.engine import IGNORED, Batch, OptimizerConfig, load_engine
-from suites import decode_throughput, language_modeling, parity
+from implementations.engine import IGNORED, OptimizerConfig, load_engine
+from suites import decode_throughput, language_modeling
 from suites.harness import data, measure
 from suites.harness.measure import Diverged, InvalidMeasurement
 from suites.harness.run import DataConfig, Run
@@ -349,83 +348,3 @@ def test_a_real_engine_runs_the_suite(monkeypatch, backend, name):
     found = values_of(samples, HEADLINE[name])
     assert found
     assert min(found) > 0
-
-
-@pytest.fixture(scope="module")
-def parity_tensors():
-    """One parity run of both backends in float64 (exact enough to tell any defect), small."""
-    made = {}
-    for backend in BACKENDS:
-        run = run_of("parity", backend, "float64")
-        made[backend] = parity.tensors(run, load_engine(backend)(MODEL, dtype="float64", seed=0))
-    return made
-
-
-def test_backends_agree_with_the_truth_and_with_each_other(parity_tensors):
-    run = run_of("parity", dtype="float64")
-    for backend, ours in parity_tensors.items():
-        true = parity.truth(run, ours["decode"])
-        found, limits = parity.errors(ours, true), parity.tolerances(run, true)
-        kinds = Counter(field.split("/")[0] for field in found)
-        num_params = len(parameters.param_specs(MODEL))
-        assert kinds["grad"] == kinds["steps"] == kinds["parameters"] == num_params
-        assert {"logits", "loss", "evaluate", "extend", "decode", "train_loss"} <= kinds.keys()
-        for field, error in found.items():
-            assert error <= limits[field], (backend, field, error)
-    between = parity.compare_tensors(*parity_tensors.values())
-    for field, error in between.items():
-        assert error <= 2 * limits[field], (field, error)
-
-
-# What a defect changes, and by how much: each must be caught.
-DEFECTS = {
-    "logits": lambda value: value * (1 + 1e-9),
-    "grad/layers.0.mixer.conv_1d.bias": lambda value: np.zeros_like(value),
-    "steps/layers.1.mlp.linear_up.weight": lambda value: value[:, ::-1],
-    # so small a step that the rounding of the parameter is many times its size
-    "steps/embedding.weight": lambda value: value * 1e-17,
-    "extend": lambda value: np.roll(value, 1, axis=1),
-    "decode": lambda value: (value + 1) % 256,
-    "train_loss": lambda value: value[:-1],
-    "parameters/embedding.weight": lambda value: value + 1e-6,
-    "evaluate": lambda value: value * np.nan,
-}
-
-
-@pytest.mark.parametrize("field", DEFECTS)
-def test_a_planted_defect_is_red(parity_tensors, monkeypatch, field):
-    run = run_of("parity", dtype="float64")
-    ours = parity_tensors["torch"]
-    broken = ours | {field: DEFECTS[field](ours[field])}
-    monkeypatch.setattr(parity, "tensors", lambda run, engine: broken)
-    samples, error = taken(run, None)
-    assert str(error).startswith(f"{field}: ")
-    assert "; 1 of" in str(error)
-    assert len(values_of(samples, "tolerance")) > 100  # every field, the red one too
-    assert parity.compare_tensors(broken, parity_tensors["jax"])[field] > 1e-10
-
-
-def test_parity_writes_its_tensors(parity_tensors, monkeypatch, tmp_path):
-    run, path = run_of("parity", dtype="float64"), tmp_path / "tensors"
-    ours = parity_tensors["torch"]
-    monkeypatch.setattr(parity, "tensors", lambda run, engine: ours)
-    monkeypatch.setenv(parity.TENSORS_VARIABLE, str(path))
-    samples = list(parity.measure(run, None))
-    assert len(values_of(samples, "relative_error")) == len(values_of(samples, "tolerance"))
-    assert all(value == 0 for value in parity.compare_tensors(parity.load(path), ours).values())
-
-
-def test_packed_batches_restart_in_both_ways():
-    """A document longer than three windows, one of a single token, others starting later."""
-    suite = suite_of("parity")
-    work = next(suite.workloads())
-    run = replace(run_of("parity"), model=tiny("griffin"), workload=work)
-    batches = parity.packed_batches(run)
-    first, second = next(batches), next(batches)
-    assert not np.array_equal(first.tokens_BT, second.tokens_BT)
-    assert first.position_BT.max() + 1 > 3 * 32
-    starts = [np.flatnonzero(row == 0).tolist() for row in first.position_BT]
-    assert starts == [[0, 110], [0, 1, 14, 17]]
-    assert (first.targets_BT[1, [0, 13, 16]] == IGNORED).all()
-    assert np.count_nonzero(first.targets_BT == IGNORED) == 4
-    assert isinstance(first, Batch)

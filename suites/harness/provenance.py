@@ -200,7 +200,13 @@ def _modules_below(folder: Path) -> set[str]:
 
 
 def _digests(modules: set[str]) -> list[str]:
-    return [f"{name} {_syntax_digest(_origin(name))}" for name in sorted(modules)]
+    """Of the modules, and of the data files that lie beside them."""
+    folders = {Path(_origin(name)).parent for name in modules}
+    data = sorted(path for folder in folders for path in folder.glob("*.yaml"))
+    return [
+        *(f"{name} {_syntax_digest(_origin(name))}" for name in sorted(modules)),
+        *(hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in data),
+    ]
 
 
 @cache

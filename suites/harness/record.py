@@ -62,7 +62,9 @@ METRICS = {
     "unigram_bits_per_byte": Metric("bit/B", None, "Unigram entropy (bits per byte)"),
     "loss_by_position": Metric("nats/token", "lower", "Loss by position (nats per token)"),
     "relative_error": Metric("1", "lower", "Relative error"),
+    "rms_error": Metric("1", "lower", "RMS relative error"),
     "tolerance": Metric("1", None, "Tolerance"),
+    "rms_tolerance": Metric("1", None, "Tolerance of the RMS"),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ class Workload:
     repeats: int = 0  # timed repetitions within the process
     max_batch_size: int = 0  # where a search for the largest batch ends
     activation_checkpointing: bool = False
+    levels: tuple[str, ...] = ()  # of the parity ladder; empty: those of the gate
 
     def __post_init__(self) -> None:
         choose("phase", self.phase, PHASES, "workload")
@@ -78,7 +79,10 @@ class Run:
         return _digest({k: v for k, v in values.items() if k not in ("seed", "round")})
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        values = json.loads(json.dumps(asdict(self)))
+        if not self.workload.levels:  # a question of parity alone: others keep their ids
+            del values["workload"]["levels"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Run":

@@ -187,14 +187,14 @@ JAX_DEFECTS = (
         f"{JAX}.mixers.mqa",
         "position_BT[:, -num_slots:] % num_slots",
         "position_BT[:, -num_slots:] % max(num_slots - 1, 1)",
-        "L4",
+        "L1",
     ),
     Defect(
         "jax_chunk_drops_keys",
         f"{JAX}.mixers.mqa",
         "jnp.take_along_axis(x, slot_BS[:, :, None, None], axis=1)",
         "jnp.zeros_like(x)",
-        "L4",
+        "L1",
     ),
     Defect(
         "jax_decode_position_stands",
@@ -245,6 +245,14 @@ JAX_DEFECTS = (
         f"{JAX}.mixers.mqa",
         "dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)",
         "dtype = x_BTNH.dtype",
+        "L7",
+    ),
+    Defect(
+        "jax_rounded_copy_outlives_its_values",
+        f"{JAX}.engine",
+        "self._cast_params = params if self.dtype == self.master_dtype else None",
+        "self._cast_params = params if self.dtype == self.master_dtype"
+        " else getattr(self, '_cast_params', None)",
         "L7",
     ),
 )
@@ -360,28 +368,28 @@ TORCH_DEFECTS = (
         f"{TORCH}.layers",
         "inputs_BSR[:, 1:].clone()",
         "conv_BWR.clone()",
-        "L4",
+        "L1",
     ),
     Defect(
         "torch_decode_state_in_bfloat16",
         f"{TORCH}.kernels.linear_scan",
         "h_BR[:, None].to(dtype), h_BR",
         "h_BR[:, None].to(dtype), h_BR.bfloat16().to(h_BR.dtype)",
-        "L4",
+        "L1",
     ),
     Defect(
         "torch_chunk_drops_recurrence",
         f"{TORCH}.mixers.rg_lru",
         "(None, None) if state is None else state",
         "(None, None) if state is None or x_BTD.shape[1] > 1 else state",
-        "L4",
+        "L1",
     ),
     Defect(
         "torch_ring_read_one_late",
         f"{TORCH}.mixers.mqa",
         "(position_BT[0, 0] + torch.arange(W, device=device))",
         "(position_BT[0, 0] + 1 + torch.arange(W, device=device))",
-        "L4",
+        "L1",
     ),
     Defect(
         "torch_targets_shifted_twice",
@@ -433,6 +441,42 @@ TORCH_DEFECTS = (
         "h_BTR.to(x_BTR.dtype), h_BR.to(x_BTR.dtype).to(h_BR.dtype)",
         "L7",
     ),
+    Defect(
+        "torch_small_gradients_scaled_up",
+        f"{TORCH}.optimizer",
+        "(clip_norm / norm).clamp(max=1)",
+        "(clip_norm / norm)",
+        "L5",
+    ),
+    Defect(
+        "torch_warm_up_not_divided",
+        f"{TORCH}.optimizer",
+        "(step + 1) / optimizer.num_warmup_steps",
+        "(step + 1)",
+        "L5",
+    ),
+    Defect(
+        "torch_step_lost_in_a_checkpoint",
+        f"{TORCH}.engine",
+        'self._step = int(state["step"])',
+        "self._step = 0",
+        "L5",
+    ),
+    Defect(
+        "torch_rounded_copy_outlives_its_values",
+        f"{TORCH}.engine",
+        "self._cast_model = self.model if self.dtype == self.master_dtype else None",
+        "self._cast_model = self.model if self.dtype == self.master_dtype"
+        " else getattr(self, '_cast_model', None)",
+        "L7",
+    ),
+    Defect(
+        "torch_gate_in_bfloat16",
+        f"{TORCH}.mixers.rg_lru",
+        "torch.sigmoid(exact(self.a_gate(x_BTR)))",
+        "exact(torch.sigmoid(self.a_gate(x_BTR)))",
+        "L7",
+    ),
 )
 
 # "Peer": against transformers' RecurrentGemma, same weights. "Differences": the loss along random
@@ -446,7 +490,7 @@ FLOOR_DEFECTS = (
         "truth",
     ),
     Defect(
-        "truth_no_weight_decayed",  # peer: a decayed weight is one that is handed over transposed
+        "truth_no_weight_decayed",  # definitions
         "implementations.parameters",
         "std, decayed=True)",
         "std)",
@@ -513,6 +557,20 @@ FLOOR_DEFECTS = (
         "implementations.mixers.mqa",
         "dx_BTD += dx",
         "dx_BTD = dx",
+        "truth",
+    ),
+    Defect(
+        "truth_initial_width_of_the_output",  # definitions
+        "implementations.parameters",
+        "math.sqrt(gain / shape[0])",
+        "math.sqrt(gain / shape[1])",
+        "truth",
+    ),
+    Defect(
+        "truth_mixers_shifted",  # definitions
+        "implementations.config",
+        "self.pattern[i % len(self.pattern)]",
+        "self.pattern[(i + 1) % len(self.pattern)]",
         "truth",
     ),
 )

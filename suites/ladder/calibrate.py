@@ -1,0 +1,121 @@
+"""tolerances.yaml from measured noise: every field of every run of the ladder, over many seeds.
+
+A tolerance is a multiple of the largest error seen. The multiples leave room for another machine's
+order of summation, and are small enough that every planted defect is caught (prove.py).
+"""
+
+import math
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from suites.harness import provenance
+from suites.harness.run import Run
+from suites.ladder.check import dtype_of, kind_of, level_of
+from suites.ladder.plan import PEER, gate, need_peer
+from suites.ladder.survey import Draw, Request, draws, in_parallel
+from suites.ladder.tables import name_of
+
+NUM_DRAWS = 20  # of Griffin, which has every mixer
+NUM_OTHER_DRAWS = 7  # of each other family
+MARGIN = {
+    "truth": {"largest": 4.0, "rms": 4.0},  # of finite differences; FLOOR: of larger models' too
+    "float64": {"largest": 4.0, "rms": 2.5},
+    "float32": {"largest": 4.0, "rms": 2.5},
+    "bfloat16": {"largest": 4.0, "rms": 1.5},  # each value is rounded for itself: it hardly varies
+}
+# Some units in the last place: what is exact here is summed in another order elsewhere.
+FLOOR = {"float64": 2e-14, "float32": 2e-6, "bfloat16": 2e-6, "truth": 1e-8}
+MOST_OF_AN_OP = 1e-12  # in float64: the promise of L1
+# How many times farther than its disturbed twin a backend may be: see training.py. Measured over
+# both backends of griffin and mqa, 200 steps: at most 5.1 (of a step), 2.2 (of a loss).
+GROWTH = 15.0
+Seen = dict[str, dict[str, dict[str, dict[str, float]]]]  # section, dtype, kind: worst
+PATH = Path(__file__).with_name("tolerances.yaml")
+
+
+def calibrate(*, on_end: Callable[[int, int, str], None]) -> Path:
+    """Measures, and writes the file. ValueError where a run fails or breaks a promise."""
+    need_peer()
+    requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in gate([])]
+    seen: Seen = {"ours": {}, "peer": {}}
+    ends = in_parallel(requests, draws)
+    for number, (request, found) in enumerate(ends, start=1):
+        for draw in found:
+            _add(seen, request.run, draw)
+        on_end(number, len(requests), name_of(request.run))
+    PATH.write_text(_text(seen), encoding="utf-8")
+    return PATH
+
+
+def _num_draws(run: Run) -> int:
+    return NUM_DRAWS if run.model.family == "griffin" else NUM_OTHER_DRAWS
+
+
+def _add(seen: Seen, run: Run, draw: Draw) -> None:
+    if draw.failure:
+        raise ValueError(f"{name_of(run)}: {draw.failure}")
+    by_dtype = seen["peer" if run.backend == PEER else "ours"]
+    for field, (largest, rms) in draw.errors.items():
+        level = level_of(field)
+        if not math.isfinite(largest) or (level == "L1" and largest > MOST_OF_AN_OP):
+            raise ValueError(f"{name_of(run)}: {field} is {largest:.1e} from the truth.")
+        if level != "L0":
+            fields = by_dtype.setdefault(dtype_of(field, run.dtype), {})
+            entry = fields.setdefault(kind_of(field), {"largest": 0.0, "rms": 0.0, "n": 0})
+            entry["largest"] = max(entry["largest"], largest)
+            entry["rms"] = max(entry["rms"], rms)
+            entry["n"] += 1
+
+
+def tolerance(measured: float, measured_rms: float, dtype: str) -> tuple[float, float]:
+    """(largest, rms) for measured errors. Of a single number both are one, and vary as one."""
+    margin = MARGIN[dtype]
+    rms = margin["largest" if measured_rms == measured else "rms"]
+    return _rounded_up(margin["largest"] * measured, dtype), _rounded_up(rms * measured_rms, dtype)
+
+
+def _rounded_up(value: float, dtype: str) -> float:
+    """To two digits; at least FLOOR."""
+    value = max(value, FLOOR[dtype])
+    exponent = math.floor(math.log10(value)) - 1
+    return float(f"{math.ceil(value / 10**exponent - 1e-9) * 10.0**exponent:.1e}")
+
+
+def _text(seen: Seen) -> str:
+    versions = {k: v for k, v in provenance.versions().items() if v}
+    head = {
+        "date": date.today().isoformat(),
+        "machine": provenance.cpu_model(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "command": "aerie parity --calibrate",
+        "draws": NUM_DRAWS,
+    }
+    lines = [
+        "# What parity allows, by kind of field and dtype: a multiple (margin) of the largest",
+        "# error measured. largest: of one element, over the largest true one; rms: both as root",
+        "# mean squares. n: tensors compared, over seeds, families, settings, layers, kernels and",
+        "# both backends; peer: transformers' RecurrentGemma. Written by the command: do not edit.",
+        *(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}"
+          for key, value in head.items()),
+        "margin:",
+        *(f"  {dtype}: {{largest: {m['largest']}, rms: {m['rms']}}}"
+          for dtype, m in MARGIN.items()),
+        f"training: {{growth: {GROWTH}}}",
+    ]  # fmt: skip
+    for section, by_dtype in seen.items():
+        lines.append(f"{section}:")
+        for dtype, fields in by_dtype.items():
+            lines.append(f"  {dtype}:")
+            lines += [f"    {kind!r}: {_entry(entry, dtype)}" for kind, entry in fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(entry: dict[str, Any], dtype: str) -> str:
+    measured, measured_rms = (float(f"{entry[which]:.2e}") for which in ("largest", "rms"))
+    largest, rms = tolerance(measured, measured_rms, dtype)
+    return (
+        f"{{largest: {largest:.1e}, rms: {rms:.1e}, measured: {measured:.2e}, "
+        f"measured_rms: {measured_rms:.2e}, n: {entry['n']}}}"
+    )

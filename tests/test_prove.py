@@ -1,0 +1,72 @@
+"""Planted defects: the ladder catches each, at the lowest level that can see it, and no more."""
+
+from dataclasses import replace
+
+import pytest
+
+from suites.ladder import prove
+from suites.ladder.defects import DEFECTS
+from suites.ladder.plan import gate
+from suites.ladder.survey import Draw, Request, draws
+
+DEFECT = {defect.name: defect for defect in DEFECTS}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return gate(["family=griffin", "kernels.linear_scan=auto"])
+
+
+def of(runs, **wanted):
+    return [r for r in runs if all(getattr(r, key) == value for key, value in wanted.items())]
+
+
+def test_a_planted_defect_is_red_at_its_op_and_unplanted_it_is_not(runs):
+    run = of(runs, backend="torch", dtype="float64")[0]
+    run = replace(run, workload=replace(run.workload, levels=("L1",)))
+    for defect, red in (("torch_rope_base", "L1/rope/y_BTNH"), (None, None)):
+        (draw,) = draws(Request(run=run, seeds=(3,), defect=defect), [0])
+        assert draw.failure is None
+        assert next(iter(prove._red(run, draw)), None) == red
+
+
+def test_a_process_that_fails_says_why(runs):
+    run = of(runs, backend="torch", dtype="float64")[0]
+    run = replace(run, model=replace(run.model, window_size=4096), dtype="float16")
+    (draw,) = draws(Request(run=run, seeds=(0,)), [0])
+    assert "float16" in draw.failure
+
+
+def test_a_defect_is_looked_for_in_its_backend_from_the_ops_up(runs):
+    parts = list(prove._parts(DEFECT["jax_softmax_in_bfloat16"], runs))
+    assert {run.backend for run in parts} == {"jax"}
+    assert [(run.dtype, run.workload.levels) for run in parts[:3]] == [
+        ("float64", ("L0", "L1", "L3")),
+        ("bfloat16", ("L7",)),
+        ("bfloat16", ("L7",)),
+    ]
+    assert len(parts) == 2 * len(prove.PARTS)  # everywhere in the end
+    floor = list(prove._parts(DEFECT["truth_exact_gelu"], gate(["family=griffin"])))
+    assert [run.backend for run in floor] == ["transformers", "torch", "torch"]
+
+
+def test_a_false_alarm_names_run_seed_and_field(runs):
+    run = of(runs, backend="torch", dtype="float32")[0]
+    quiet, loud = ({"L4/logits": (size, size)} for size in (1e-9, 1e-2))
+    found = [Draw(100, quiet), Draw(101, loud), Draw(102, {}, "exit code 1: no")]
+    alarms = list(prove._alarms(Request(run=run, seeds=(100, 101, 102)), found))
+    assert [alarm["seed"] for alarm in alarms] == [101, 102]
+    assert "L4/logits" in alarms[0]["why"]
+
+
+@pytest.mark.slow
+def test_every_planted_defect_is_caught_where_it_is_expected_and_nothing_else():
+    found = prove.prove([], on_end=lambda *_: None)
+    missed = [row["name"] for row in found["defects"] if row["level"] is None]
+    assert not missed
+    assert found["caught"] == found["planted"] >= 25
+    assert not found["alarms"]
+    assert found["num_draws"] >= 20
+    assert {row["name"]: row["level"] for row in found["defects"]} == {
+        defect.name: defect.level for defect in DEFECTS
+    }
