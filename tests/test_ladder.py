@@ -161,12 +161,14 @@ def test_every_tolerance_is_the_multiple_of_what_was_measured():
 
 def test_the_promises_of_the_ladder_are_kept_by_what_was_measured():
     found = check.tolerances()["ours"]
-    assert max(e["measured"] for k, e in found["float64"].items() if _is_op(k)) < 1e-12
+    assert max(e["largest"] for k, e in found["float64"].items() if _is_op(k)) <= 1e-12
     assert found["float32"]["logits"]["largest"] <= 1e-5
 
 
 def _is_op(kind: str) -> bool:
-    return kind.split("/")[0].partition(" ")[0] in ops.OPS
+    """The value of an op, not a gradient."""
+    op, _, tensor = kind.partition("/")
+    return op.partition(" ")[0] in ops.OPS and not tensor.startswith("d")
 
 
 # What is run.

@@ -104,7 +104,7 @@ def _parts(defect: Defect, plain: list[Run]) -> Iterator[Run]:
         yield from (run for run in plain if run.backend == PEER and run.dtype == "float32")
         for run in plain:
             if run.backend == "torch" and run.dtype == "float64":
-                yield replace(run, workload=replace(run.workload, levels=("truth",)))
+                yield replace(run, workload=replace(run.workload, levels=("L0", "truth")))
         return
     runs = {
         (run.dtype, settings_of(run.model)): run for run in plain if run.backend == defect.backend
