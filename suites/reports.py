@@ -9,7 +9,6 @@ from suites.harness import provenance
 from suites.harness.plan import FINISHED
 
 DEFAULT_STORE = Path("results/raw")
-TWINS = ("jax", "torch")  # they compute all that parity asks for
 
 
 def report_path(store: Path, out: Path | None, title: str) -> Path:
