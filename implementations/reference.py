@@ -219,7 +219,7 @@ def gelu_grad(x: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    return np.exp(-np.logaddexp(0, -x))  # exact near 0 too, where 1 + tanh cancels
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
