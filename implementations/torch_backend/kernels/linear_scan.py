@@ -2,13 +2,36 @@
 
 Twin: implementations/jax_backend/kernels/linear_scan.py.  Truth: implementations/reference.py.
 The state is float32 (float64 in float64), and every variant has gradients for a, x and h0, from
-every state and from the last one.
+every state and from the last one. A document starts where a is 0.
+
+`triton`: a program owns one sequence and BLOCK_R channels and walks time in tiles of SEGMENTS x
+ROWS steps; a tile's loads are under way while those before it are computed. Forward reads 2 and
+writes 1 element a step and channel, backward reads 3 and writes 2: each byte once.
+`triton_split` cuts time in chunks of CHUNK_LEN steps that run at once, for when sequences times
+channels are too few to fill a device: a first pass finds what each chunk does to a state, the
+recurrence over chunks is a short linear_scan, and the second pass is `triton` from those states.
+It reads a and x (backward: a and dh) twice.
 """
 
+from collections.abc import Callable
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from implementations.engine import Unsupported
+
+# A tile is [SEGMENTS, BLOCK_R] for each of ROWS steps: thread by thread 8 neighbouring channels (16
+# bytes of bfloat16) of every row of one segment. Within a segment time runs in registers; only what
+# a segment does as a whole, 1 / ROWS of the elements, is scanned across threads.
+SEGMENTS = 16
+ROWS = 4
+BACKWARD_ROWS = 2  # it holds more for each row: 4 spill
+BLOCK_R = 64  # a row of bfloat16 is a line of 128 bytes
+NUM_WARPS = 4
+NUM_STAGES = 3  # two tiles under way: 32 KiB a program, and a multiprocessor needs about 23
+CHUNK_LEN = 256  # of triton_split
 
 
 def linear_scan(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, variant: str) -> tuple[Tensor, Tensor]:
@@ -20,6 +43,8 @@ def linear_scan(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, variant: str) -> tu
         )
     if h0_BR.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the recurrent state h0 must be float32 or float64, got {h0_BR.dtype}.")
+    if variant.startswith("triton"):
+        return VARIANTS[check(variant)](a_BTR, x_BTR, h0_BR)
     dtype = x_BTR.dtype
     a_BTR, x_BTR = a_BTR.to(h0_BR.dtype), x_BTR.to(h0_BR.dtype)
     if x_BTR.shape[1] == 1:
@@ -121,4 +146,245 @@ _analytic_forward.register_autograd(
 )
 
 
-VARIANTS = {"sequential": _sequential, "associative": _associative, "analytic": _analytic}
+def _triton(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
+    return _LinearScan.apply(a_BTR, x_BTR, h0_BR, None)
+
+
+def _triton_split(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
+    return _LinearScan.apply(a_BTR, x_BTR, h0_BR, CHUNK_LEN)
+
+
+class _LinearScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, chunk_len: int | None
+    ) -> tuple[Tensor, Tensor]:
+        a_BTR, x_BTR, h0_BR = a_BTR.contiguous(), x_BTR.contiguous(), h0_BR.contiguous()
+        h_BTR, h_BR = _forward(a_BTR, x_BTR, h0_BR, chunk_len)
+        ctx.save_for_backward(a_BTR, h_BTR, h0_BR)
+        ctx.chunk_len = chunk_len
+        return h_BTR, h_BR
+
+    @staticmethod
+    def backward(ctx, dh_BTR: Tensor, dh_BR: Tensor) -> tuple[Tensor | None, ...]:
+        a_BTR, h_BTR, h0_BR = ctx.saved_tensors
+        B, T, R = a_BTR.shape
+        dh_BTR = dh_BTR.contiguous()
+        da_BTR, dx_BTR = torch.empty_like(a_BTR), torch.empty_like(dh_BTR)
+
+        def launch(flow_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
+            _backward_kernel[grid(B, R, end_BCR)](
+                a_BTR, h_BTR, h0_BR, dh_BTR, flow_BCR, end_BCR, product_BCR, da_BTR, dx_BTR,
+                T, R, ctx.chunk_len or T, product_BCR is not None,
+                SEGMENTS, BACKWARD_ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+            )  # fmt: skip
+
+        dh0_BR = in_chunks(launch, dh_BR.contiguous(), T, ctx.chunk_len)
+        return da_BTR, dx_BTR, dh0_BR, None
+
+
+def _forward(
+    a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, chunk_len: int | None
+) -> tuple[Tensor, Tensor]:
+    B, T, R = x_BTR.shape
+    h_BTR = torch.empty_like(x_BTR)
+
+    def launch(h0_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
+        _forward_kernel[grid(B, R, end_BCR)](
+            a_BTR, x_BTR, h0_BCR, h_BTR, end_BCR, product_BCR,
+            T, R, chunk_len or T, product_BCR is not None,
+            SEGMENTS, ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    return h_BTR, in_chunks(launch, h0_BR, T, chunk_len)
+
+
+def in_chunks(launch: Callable, h0_BR: Tensor, T: int, chunk_len: int | None) -> Tensor:
+    """The state at the end of time, from `launch(h0_BCR, end_BCR, product_BCR)`: a kernel that
+    walks each of C chunks from its own first state and writes its last one. Where it is given
+    product_BCR it writes there what a first state is multiplied by, takes that to be 0, and
+    writes nothing else. One chunk when chunk_len is None."""
+    B, R = h0_BR.shape
+    num_chunks = -(-T // (chunk_len or T))
+    end_BCR = h0_BR.new_empty(B, num_chunks, R)
+    if num_chunks == 1:
+        launch(h0_BR[:, None], end_BCR, None)
+        return end_BCR[:, 0]
+    product_BCR = torch.empty_like(end_BCR)
+    launch(h0_BR[:, None], end_BCR, product_BCR)
+    state_BCR, _ = _forward(product_BCR, end_BCR, h0_BR, None)
+    launch(torch.cat([h0_BR[:, None], state_BCR[:, :-1]], 1), end_BCR, None)
+    return state_BCR[:, -1].clone()
+
+
+def grid(B: int, R: int, end_BCR: Tensor) -> tuple[int, int, int]:
+    return (triton.cdiv(R, BLOCK_R), B, end_BCR.shape[1])
+
+
+@triton.jit(do_not_specialize=["T", "chunk_len"])
+def _forward_kernel(
+    a_ptr,  # [B, T, R]
+    x_ptr,  # [B, T, R]
+    h0_ptr,  # [B, C, R] float32
+    h_ptr,  # [B, T, R], written unless ONLY_ENDS
+    end_ptr,  # [B, C, R] float32, written
+    product_ptr,  # [B, C, R] float32, written if ONLY_ENDS
+    T,
+    R,
+    chunk_len,
+    ONLY_ENDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
+    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    inside = channel < R
+    of_row = batch * T * R + channel
+    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
+    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+
+    h = first_state(h0_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
+    whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
+    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+        products, totals = (), ()
+        product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
+        total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
+        for row in tl.static_range(ROWS):
+            t = (tile + segment * ROWS + row).to(tl.int64)
+            mask = (t < stop) & inside
+            a = tl.load(a_ptr + of_row + t * R, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + of_row + t * R, mask=mask, other=0.0).to(tl.float32)
+            a = tl.where(t < stop, a, 1.0)  # beyond the end the state stays
+            product = a * product
+            total = a * total + x
+            products += (product,)
+            totals += (total,)
+        before, h, product = across_segments(product, total, h, segment, SEGMENTS, BLOCK_R)
+        whole *= product
+        if not ONLY_ENDS:
+            for row in tl.static_range(ROWS):
+                t = (tile + segment * ROWS + row).to(tl.int64)
+                state = products[row] * before + totals[row]
+                mask = (t < stop) & inside
+                tl.store(h_ptr + of_row + t * R, state.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(end_ptr + of_chunk + 0 * segment, h, mask=(segment == 0) & inside)
+    if ONLY_ENDS:
+        tl.store(product_ptr + of_chunk + 0 * segment, whole, mask=(segment == 0) & inside)
+
+
+@triton.jit(do_not_specialize=["T", "chunk_len"])
+def _backward_kernel(
+    a_ptr,  # [B, T, R]
+    h_ptr,  # [B, T, R]
+    h0_ptr,  # [B, R] float32
+    dh_ptr,  # [B, T, R]
+    flow_ptr,  # [B, C, R] float32: what reaches a chunk's last state from later ones
+    end_ptr,  # [B, C, R] float32, written: what leaves its first state for earlier ones
+    product_ptr,  # [B, C, R] float32, written if ONLY_ENDS
+    da_ptr,  # [B, T, R], written unless ONLY_ENDS
+    dx_ptr,  # [B, T, R], written unless ONLY_ENDS
+    T,
+    R,
+    chunk_len,
+    ONLY_ENDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dx_t = dh_t + flow_t, flow_{t-1} = a_t dx_t: time runs backwards, u = T - 1 - t."""
+    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
+    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    inside = channel < R
+    of_row = batch * T * R + channel
+    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
+    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+
+    flow = first_state(flow_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
+    whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
+    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+        products, totals = (), ()
+        product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
+        total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
+        for row in tl.static_range(ROWS):
+            u = tile + segment * ROWS + row
+            mask = (u < stop) & inside
+            at = of_row + (T - 1 - u).to(tl.int64) * R
+            a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(dh_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            products += (product,)
+            totals += (total,)
+            a = tl.where(u < stop, a, 1.0)
+            product = a * product
+            total = a * total
+        before, flow, product = across_segments(product, total, flow, segment, SEGMENTS, BLOCK_R)
+        whole *= product
+        if not ONLY_ENDS:
+            for row in tl.static_range(ROWS):
+                u = tile + segment * ROWS + row
+                mask = (u < stop) & inside
+                at = of_row + (T - 1 - u).to(tl.int64) * R
+                is_first = u == T - 1
+                h = tl.load(h_ptr + at - R, mask=mask & (u < T - 1), other=0.0).to(tl.float32)
+                h0 = tl.load(
+                    h0_ptr + batch * R + channel + 0 * segment, mask=is_first & inside, other=0.0
+                )
+                dx = products[row] * before + totals[row]
+                da = dx * (h + h0)
+                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=mask)
+    tl.store(end_ptr + of_chunk + 0 * segment, flow, mask=(segment == 0) & inside)
+    if ONLY_ENDS:
+        tl.store(product_ptr + of_chunk + 0 * segment, whole, mask=(segment == 0) & inside)
+
+
+@triton.jit
+def first_state(
+    h0_ptr, inside, IS_ZERO: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """[SEGMENTS, BLOCK_R], every segment the same: a carry of the tile's own layout."""
+    h = tl.zeros((1, BLOCK_R), tl.float32) if IS_ZERO else tl.load(h0_ptr, mask=inside, other=0.0)
+    return tl.broadcast_to(h, (SEGMENTS, BLOCK_R))
+
+
+@triton.jit
+def across_segments(product, total, h, segment, SEGMENTS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """From what each segment does to a state (product * state + total) and the state before the
+    first one: the state before each, the state after the last, and the product of all.
+
+    What stands before a segment is scanned along: fetching it from its neighbour (tl.gather) makes
+    the compiler choose a layout for that, in which it computes everything else a second time.
+    """
+    one = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
+    total = tl.where(segment == 0, product * h + total, total)
+    product, after, _, before = tl.associative_scan((product, total, one, one * 0), 0, _then)
+    before = tl.where(segment == 0, h, before)
+    is_last = segment == SEGMENTS - 1
+    h = tl.sum(tl.where(is_last, after, 0.0), 0)[None, :]
+    product = tl.sum(tl.where(is_last, product, 0.0), 0)[None, :]
+    return before, one * h, one * product
+
+
+@triton.jit
+def _then(product0, total0, early0, before0, product1, total1, early1, before1):
+    """Some segments, then others. Each: what all do to a state (product, total), and what all but
+    the last do (early, before)."""
+    return (
+        product0 * product1,
+        product1 * total0 + total1,
+        product0 * early1,
+        early1 * total0 + before1,
+    )
+
+
+VARIANTS = {
+    "sequential": _sequential,
+    "associative": _associative,
+    "analytic": _analytic,
+    "triton": _triton,
+    "triton_split": _triton_split,
+}
