@@ -28,7 +28,8 @@ from implementations.engine import (
 from implementations.jax_backend import model, ops
 from implementations.jax_backend.activations import Watched
 from implementations.jax_backend.kernels import attention, linear_scan, rms_norm
-from implementations.jax_backend.layers import cross_entropy, exact, unembed
+from implementations.jax_backend.kernels.cross_entropy import cross_entropy
+from implementations.jax_backend.layers import exact, unembed
 from implementations.jax_backend.optimizer import adamw
 from implementations.ops import OPS
 
@@ -309,7 +310,8 @@ def _logits(params: dict, batch: Batch, **settings) -> Array:
 
 @program(static=("config", "kernels"))
 def _evaluate(params: dict, batch: Batch, **settings) -> Array:
-    return cross_entropy(model.logits(params, batch, **settings), batch.targets_BT)
+    logits_BTV = model.logits(params, batch, **settings)
+    return cross_entropy(logits_BTV, batch.targets_BT, settings["kernels"].layers)
 
 
 @program(static=("config", "kernels"))
