@@ -30,7 +30,7 @@ CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
 BASELINE = {"backend": "torch", "family": "mqa"}
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
-              "program", "device_kind", "engine_build"]  # fmt: skip
+              "layers", "program", "device_kind", "engine_build"]  # fmt: skip
 GREEN, RED, MISSING = "green", "red", "none"
 PARTIAL = "partial"  # green, but of some levels alone: verifies nothing
 WRONG = ("invalid_measurement", "failed", "diverged")

@@ -43,7 +43,8 @@ RECORD_COLUMNS = {
     # digests of settings: equal between the runs that may be compared
     "across_backends": "str", "across_families": "str", "architecture": "str",
     # on what
-    "linear_scan": "str", "attention": "str", "program": "str", "device_name": "str", "node": "str",
+    "linear_scan": "str", "attention": "str", "layers": "str", "program": "str",
+    "device_name": "str", "node": "str",
     "cpu_model": "str", "num_cores": "int", "num_threads": "int", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
     "data_digest": "str", "init_digest": "str",
@@ -54,6 +55,7 @@ RECORD_COLUMNS = {
 SAMPLE_COLUMNS = {"metric": "str", "value": "float", "unit": "str", "repeat": "int", "at": "int",
                   "field": "str"}  # fmt: skip
 COLUMNS = RECORD_COLUMNS | SAMPLE_COLUMNS
+RESOLVED = ("linear_scan", "attention", "layers", "program")  # of the engine, in its record
 
 
 def load(store: Path) -> pd.DataFrame:
@@ -148,9 +150,9 @@ def _row(record: Record) -> dict[str, Any]:
             "data": run["data"]["name"],
             "device_kind": run["device_kind"],
             "model": _json({k: v for k, v in model.items() if k not in ("family", "size")}),
-            "kernels": _json(run["kernels"]),
+            "kernels": _json({"layers": "auto"} | run["kernels"]),  # a run leaves it out
             "optimizer": _words(run["optimizer"]),
-            **{name: resolved.get(name) for name in ("linear_scan", "attention", "program")},
+            **{name: resolved.get(name) for name in RESOLVED},
             "node": seen.get("host"),
             "versions": _words(seen.get("versions")),
             "cache_bytes_predicted": costs.get("cache_bytes"),

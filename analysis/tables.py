@@ -99,7 +99,8 @@ def parity(frame: pd.DataFrame) -> Table:
     if len(status):  # head_dim and architecture settings, as far as several were checked
         variant = derive.outcomes(frame).set_index("cell_id")["variant"]
         status = status.assign(variant=status["cell_id"].map(variant))
-    names = ["family", "backend", "dtype", "linear_scan", "attention", "program", "device_kind"]
+    names = ["family", "backend", "dtype", "linear_scan", "attention", "layers", "program",
+             "device_kind"]  # fmt: skip
     names += ["variant"] if len(status) and status["variant"].any() else []
     header = [*(name.replace("device_kind", "device") for name in names),
               "build", "parity", "checks", "worst error / tolerance", "at"]  # fmt: skip

@@ -16,6 +16,8 @@ ENGINES = {
 LINEAR_SCANS = ("auto", "sequential", "associative", "analytic", "triton", "triton_split",
                 "pallas_tpu", "pallas_gpu")  # fmt: skip
 ATTENTIONS = ("auto", "plain", "fused", "triton", "pallas_tpu", "pallas_gpu")
+LAYERS = ("auto", "plain", "triton")
+KERNEL_SETTINGS = ("linear_scan", "attention", "layers")  # of Kernels: each names a variant
 CPU = "cpu"
 IGNORED = -1  # a target that is not scored
 
@@ -26,6 +28,7 @@ class Kernels:
 
     linear_scan: str = "auto"
     attention: str = "auto"
+    layers: str = "auto"  # norms, convolution, gated GeLU, rotation, loss
     interpret: bool = False  # run Triton and Pallas kernels in their interpreters: correctness only
     # torch.compile training, prefill and decode steps; JAX always compiles, transformers never
     compile: bool = False
@@ -33,16 +36,26 @@ class Kernels:
     def __post_init__(self) -> None:
         choose("linear_scan", self.linear_scan, LINEAR_SCANS, "kernels")
         choose("attention", self.attention, ATTENTIONS, "kernels")
+        choose("layers", self.layers, LAYERS, "kernels")
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Setting -> variant, of those that are not left to `auto`."""
+        names = {setting: getattr(self, setting) for setting in KERNEL_SETTINGS}
+        return {setting: name for setting, name in names.items() if name != "auto"}
 
 
 def auto(backend: str, device_kind: str) -> dict[str, str]:
-    """The variant of every op that `auto` stands for, in our two backends.
+    """The variant that `auto` stands for in each setting, in our two backends.
 
     Attention on a CPU, measured on 2 cores at `tiny`, a step of 4096 tokens with global attention:
     fused 1.4 s and plain 4.2 in PyTorch, 7.5 and 2.0 in JAX; with a window they are equal.
     """
+    if backend == "torch" and device_kind != CPU:
+        return dict.fromkeys(KERNEL_SETTINGS, "triton")
     is_plain = backend == "jax" and device_kind == CPU
-    return {"linear_scan": "analytic", "attention": "plain" if is_plain else "fused"}
+    attention = "plain" if is_plain else "fused"
+    return {"linear_scan": "analytic", "attention": attention, "layers": "plain"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +123,7 @@ class Engine(Protocol):
     """
 
     config: ModelConfig
-    # op -> the variant that computes it; program -> compiled or eager
+    # kernel setting -> the variant that computes it; program -> compiled or eager
     resolved_kernels: dict[str, str]
     device_name: str
 

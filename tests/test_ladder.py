@@ -72,7 +72,7 @@ def test_every_op_is_offered_by_both_backends(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", plan.OPS)
+@pytest.mark.parametrize("op", [file for _, file in plan.CALLED.values()])
 def test_variants_are_read_without_the_framework(backend, op):
     module = import_module(f"implementations.{backend}_backend.kernels.{op}")
     assert plan.offered(backend, op) == tuple(module.VARIANTS)

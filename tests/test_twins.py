@@ -18,15 +18,23 @@ def files(backend: str) -> set[str]:
     return {path.relative_to(room).as_posix() for path in room.rglob("*.py")}
 
 
+# Without a twin: Triton's interpreter alone is wrong in bfloat16, until it is mended.
+TORCH_ALONE = {"kernels/interpreter.py"}
+
+
 def test_both_backends_hold_the_same_files():
     assert "mixers/rg_lru.py" in files("jax")
-    assert files("jax") == files("torch")
+    assert files("jax") | TORCH_ALONE == files("torch")
+
+
+LAYERS = ("rms_norm", "gated_gelu", "causal_conv", "cross_entropy", "rope")
 
 
 def test_each_kernel_file_offers_the_same_plain_variants():
     for name, variants in {
         "linear_scan": {"sequential", "associative", "analytic"},
         "attention": {"plain", "fused"},
+        **{name: {"plain"} for name in LAYERS},
     }.items():
         for backend in BACKENDS:
             text = (ROOM / f"{backend}_backend" / "kernels" / f"{name}.py").read_text()

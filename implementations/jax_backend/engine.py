@@ -27,8 +27,9 @@ from implementations.engine import (
 )
 from implementations.jax_backend import model, ops
 from implementations.jax_backend.activations import Watched
-from implementations.jax_backend.kernels import attention, linear_scan
-from implementations.jax_backend.layers import cross_entropy, exact, unembed
+from implementations.jax_backend.kernels import attention, linear_scan, rms_norm
+from implementations.jax_backend.kernels.cross_entropy import cross_entropy
+from implementations.jax_backend.layers import exact, unembed
 from implementations.jax_backend.optimizer import adamw
 from implementations.ops import OPS
 
@@ -39,12 +40,13 @@ DEVICE_NAMES = {"v5e": "v5 lite", "v6e": "v6 lite"}
 
 
 def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered."""
-    chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
-    default = auto("jax", device_kind)
-    resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
+    """Kernel setting -> variant; Unsupported names one that is not offered."""
+    resolved = auto("jax", device_kind) | kernels.chosen
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
+    rms_norm.check(resolved["layers"])
+    if kernels.interpret and not any(name.startswith("pallas") for name in resolved.values()):
+        raise Unsupported("kernels.interpret=true, but none of the kernels is one of Pallas.")
     return resolved
 
 
@@ -59,6 +61,7 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, check_dtype(dtype)
+        self.device = find_device(device_kind)
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)
             if kernels.attention == "auto":
@@ -68,7 +71,6 @@ class Engine:
             raise Unsupported("kernels.attention=fused: JAX's softmax is float32, not float64.")
         self.kernels = replace(kernels, **resolved)
         self.resolved_kernels = resolved | {"program": "compiled"}
-        self.device = find_device(device_kind)
         self.device_name = self.device.device_kind
         self.master_dtype = "float64" if dtype == "float64" else "float32"
         self._settings = {"config": config, "kernels": self.kernels}
@@ -308,7 +310,8 @@ def _logits(params: dict, batch: Batch, **settings) -> Array:
 
 @program(static=("config", "kernels"))
 def _evaluate(params: dict, batch: Batch, **settings) -> Array:
-    return cross_entropy(model.logits(params, batch, **settings), batch.targets_BT)
+    logits_BTV = model.logits(params, batch, **settings)
+    return cross_entropy(logits_BTV, batch.targets_BT, settings["kernels"].layers)
 
 
 @program(static=("config", "kernels"))

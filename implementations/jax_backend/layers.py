@@ -3,14 +3,14 @@
 Twin: implementations/torch_backend/layers.py.  A weight maps its first axis to its second.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from implementations.engine import IGNORED
 from implementations.jax_backend.activations import watched
+from implementations.jax_backend.kernels import causal_conv as causal_conv_kernel
+from implementations.jax_backend.kernels import rms_norm as rms_norm_kernel
+from implementations.jax_backend.kernels.cross_entropy import logits
+from implementations.jax_backend.kernels.gated_gelu import gated_gelu
 
 
 @watched
@@ -35,52 +35,25 @@ def exact(x: Array) -> Array:
 
 
 @watched
-def rms_norm(params: dict, x: Array, eps: float) -> Array:
-    """x / rms(x) * (1 + scale), in float32 (float64 in float64)."""
-    wide = exact(x)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * (1 + exact(params["scale"]))).astype(x.dtype)
+def rms_norm(params: dict, x_BTD: Array, eps: float, variant: str) -> Array:
+    return rms_norm_kernel.rms_norm(x_BTD, params["scale"], eps, variant)
 
 
-def gelu(x: Array) -> Array:
-    """The tanh approximation (released code)."""
-    return _gelu_of_bfloat16(x) if x.dtype == jnp.bfloat16 else _gelu(x)
-
-
-_gelu = partial(jax.nn.gelu, approximate=True)
-
-
-@jax.custom_jvp
-def _gelu_of_bfloat16(x: Array) -> Array:
-    """Computed in float32; its slope, all that the backward pass keeps, rounded once. In bfloat16
-    throughout the gradient was wrong by 1.8e-2; so it is by 5e-3, as in PyTorch."""
-    return _gelu(exact(x)).astype(x.dtype)
-
-
-@_gelu_of_bfloat16.defjvp
-def _gelu_of_bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    y, slope = jax.jvp(_gelu, (exact(x),), (jnp.ones_like(exact(x)),))
-    return y.astype(x.dtype), slope.astype(x.dtype) * dx
+def add_rms_norm(
+    params: dict, x_BTD: Array, branch_BTD: Array, eps: float, variant: str
+) -> tuple[Array, Array]:
+    """x + branch, and the norm of that sum: the sum is what the norm is given."""
+    inputs = (x_BTD, branch_BTD, params["scale"])
+    x_BTD, normed_BTD = rms_norm_kernel.add_rms_norm(*inputs, eps, variant)
+    return x_BTD, watched(lambda params, x_BTD: normed_BTD)(params, x_BTD)
 
 
 @watched
 def causal_conv(
-    params: dict, x_BTR: Array, position_BT: Array, conv_BWR: Array
+    params: dict, x_BTR: Array, position_BT: Array, conv_BWR: Array, variant: str
 ) -> tuple[Array, Array]:
-    """One filter a channel over time; weight[-1] meets the current input. Carries conv_width - 1
-    inputs; those from before the document start count as 0. Products are float32, as the gradient
-    of a tap is a sum over all tokens."""
-    weight_WR = exact(params["weight"])
-    T, width = x_BTR.shape[1], weight_WR.shape[0]
-    past_BTR = jnp.concatenate([conv_BWR, x_BTR], axis=1)
-    y_BTR = exact(x_BTR) * weight_WR[-1]
-    for offset in range(1, width):
-        start = width - 1 - offset
-        inside_BT1 = (position_BT >= offset)[:, :, None]
-        shifted_BTR = jnp.where(inside_BT1, past_BTR[:, start : start + T], 0)
-        y_BTR = y_BTR + exact(shifted_BTR) * weight_WR[width - 1 - offset]
-    return add_bias(y_BTR, params).astype(x_BTR.dtype), past_BTR[:, T:]
+    weight_WR, bias_R = params["weight"], params.get("bias")
+    return causal_conv_kernel.causal_conv(x_BTR, weight_WR, bias_R, position_BT, conv_BWR, variant)
 
 
 @watched
@@ -93,9 +66,10 @@ def block_diagonal(params: dict, x_BTR: Array) -> Array:
 
 
 @watched
-def mlp(params: dict, x_BTD: Array) -> Array:
-    gate_BTF = gelu(linear(params["linear_gate"], x_BTD))
-    return linear(params["linear_down"], gate_BTF * linear(params["linear_up"], x_BTD))
+def mlp(params: dict, x_BTD: Array, variant: str) -> Array:
+    gate_BTF = linear(params["linear_gate"], x_BTD)
+    up_BTF = linear(params["linear_up"], x_BTD)
+    return linear(params["linear_down"], gated_gelu(gate_BTF, up_BTF, variant))
 
 
 @watched
@@ -107,18 +81,4 @@ def embed(params: dict, tokens_BT: Array, dtype: jnp.dtype, *, is_scaled: bool) 
 
 def unembed(params: dict, x_BTD: Array, soft_cap: float | None) -> Array:
     """Logits from the tied embedding, float32 (float64 in float64)."""
-    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    B, T, D = x_BTD.shape
-    logits = jnp.einsum(
-        "xd,vd->xv", x_BTD.reshape(B * T, D), params["weight"], preferred_element_type=dtype
-    )
-    logits_BTV = logits.reshape(B, T, -1)
-    return logits_BTV if soft_cap is None else soft_cap * jnp.tanh(logits_BTV / soft_cap)
-
-
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """Negative log likelihood of each target, nats; 0 where IGNORED."""
-    is_scored_BT = targets_BT != IGNORED
-    index_BT1 = jnp.where(is_scored_BT, targets_BT, 0)[:, :, None]
-    target_BT = jnp.take_along_axis(logits_BTV, index_BT1, axis=-1)[:, :, 0]
-    return jnp.where(is_scored_BT, jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT, 0)
+    return logits(x_BTD, params["weight"], soft_cap)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from implementations.config import ModelConfig
-from implementations.engine import IGNORED, Batch, Kernels
+from implementations.engine import Batch, Kernels
 from implementations.jax_backend.activations import watched
-from implementations.jax_backend.layers import cross_entropy, embed, mlp, rms_norm, unembed
+from implementations.jax_backend.kernels.cross_entropy import mean_cross_entropy
+from implementations.jax_backend.layers import add_rms_norm, embed, mlp, rms_norm, unembed
 
 
 def load_mixer(name: str) -> ModuleType:
@@ -78,7 +79,7 @@ def forward(
         state = None if states is None else states[index]
         x_BTD, state = run(params["layers"][str(index)], x_BTD, position_BT, state)
         new_states.append(state)
-    x_BTD = rms_norm(params["final_norm"], x_BTD, config.rms_norm_eps)
+    x_BTD = rms_norm(params["final_norm"], x_BTD, config.rms_norm_eps, kernels.layers)
     return x_BTD, None if states is None else tuple(new_states)
 
 
@@ -93,13 +94,14 @@ def layer(
     config: ModelConfig,
     kernels: Kernels,
 ) -> tuple[Array, tuple | None]:
-    normed_BTD = rms_norm(params["mixer_norm"], x_BTD, config.rms_norm_eps)
+    normed_BTD = rms_norm(params["mixer_norm"], x_BTD, config.rms_norm_eps, kernels.layers)
     mixed_BTD, state = load_mixer(name).mixer(
         params["mixer"], normed_BTD, position_BT, state, config=config, kernels=kernels
     )
-    x_BTD = x_BTD + mixed_BTD
-    normed_BTD = rms_norm(params["mlp_norm"], x_BTD, config.rms_norm_eps)
-    return x_BTD + mlp(params["mlp"], normed_BTD), state
+    x_BTD, normed_BTD = add_rms_norm(
+        params["mlp_norm"], x_BTD, mixed_BTD, config.rms_norm_eps, kernels.layers
+    )
+    return x_BTD + mlp(params["mlp"], normed_BTD, kernels.layers), state
 
 
 def logits(params: dict, batch: Batch, *, config: ModelConfig, kernels: Kernels) -> Array:
@@ -129,6 +131,5 @@ def loss(
         kernels=kernels,
         activation_checkpointing=activation_checkpointing,
     )
-    logits_BTV = unembed(params["embedding"], x_BTD, config.logit_soft_cap)
-    nll_BT = cross_entropy(logits_BTV, batch.targets_BT)
-    return nll_BT.sum() / jnp.maximum((batch.targets_BT != IGNORED).sum(), 1)
+    weight_VD, soft_cap = params["embedding"]["weight"], config.logit_soft_cap
+    return mean_cross_entropy(x_BTD, weight_VD, batch.targets_BT, soft_cap, kernels.layers)

@@ -13,7 +13,11 @@ from jax import Array
 from implementations.config import ModelConfig
 from implementations.engine import Kernels
 from implementations.jax_backend import layers, model
+from implementations.jax_backend.kernels.cross_entropy import cross_entropy as nll
+from implementations.jax_backend.kernels.gated_gelu import gated_gelu
 from implementations.jax_backend.kernels.linear_scan import linear_scan
+from implementations.jax_backend.kernels.rg_lru import bounded_sqrt as bounded_sqrt_of
+from implementations.jax_backend.kernels.rope import rope as rotate
 from implementations.jax_backend.mixers import mqa, rg_lru
 from implementations.mixers import MIXERS
 from implementations.ops import OPS as TRUTH
@@ -32,7 +36,7 @@ def embed(s: Settings, params: dict, tokens_BT: Array) -> tuple:
 
 
 def rms_norm(s: Settings, params: dict, x_BTD: Array) -> tuple:
-    return (layers.rms_norm(params, x_BTD, s.config.rms_norm_eps),)
+    return (layers.rms_norm(params, x_BTD, s.config.rms_norm_eps, s.kernels.layers),)
 
 
 def linear(s: Settings, params: dict, x: Array) -> tuple:
@@ -40,13 +44,13 @@ def linear(s: Settings, params: dict, x: Array) -> tuple:
 
 
 def gelu(s: Settings, params: dict, x: Array) -> tuple:
-    return (layers.gelu(x),)
+    return (gated_gelu(x, jnp.ones_like(x), s.kernels.layers),)
 
 
 def causal_conv(
     s: Settings, params: dict, x_BTR: Array, position_BT: Array, conv_BWR: Array
 ) -> tuple:
-    return layers.causal_conv(params, x_BTR, position_BT, conv_BWR)
+    return layers.causal_conv(params, x_BTR, position_BT, conv_BWR, s.kernels.layers)
 
 
 def block_diagonal(s: Settings, params: dict, x_BTR: Array) -> tuple:
@@ -54,7 +58,7 @@ def block_diagonal(s: Settings, params: dict, x_BTR: Array) -> tuple:
 
 
 def bounded_sqrt(s: Settings, params: dict, x: Array) -> tuple:
-    return (rg_lru.bounded_sqrt(x),)
+    return (bounded_sqrt_of(x),)
 
 
 def scan(s: Settings, params: dict, a_BTR: Array, x_BTR: Array, h0_BR: Array) -> tuple:
@@ -66,7 +70,8 @@ def recurrence(s: Settings, params: dict, x_BTR: Array, position_BT: Array, h0_B
 
 
 def rope(s: Settings, params: dict, x_BTNH: Array, position_BT: Array) -> tuple:
-    return (mqa.rope(x_BTNH, position_BT, s.config),)
+    config = s.config
+    return (rotate(x_BTNH, position_BT, config.rope_dim, config.rope_base, s.kernels.layers),)
 
 
 def attention(
@@ -81,11 +86,11 @@ def unembed(s: Settings, params: dict, x_BTD: Array) -> tuple:
 
 
 def cross_entropy(s: Settings, params: dict, logits_BTV: Array, targets_BT: Array) -> tuple:
-    return (layers.cross_entropy(logits_BTV, targets_BT),)
+    return (nll(logits_BTV, targets_BT, s.kernels.layers),)
 
 
 def mlp(s: Settings, params: dict, x: Array) -> tuple:
-    return (layers.mlp(params, x),)
+    return (layers.mlp(params, x, s.kernels.layers),)
 
 
 def mixer(name: str, s: Settings, params: dict, x_BTD: Array, position_BT: Array) -> tuple:

@@ -4,6 +4,8 @@ Twin: implementations/jax_backend/engine.py.
 """
 
 import copy
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +39,7 @@ DECODE_OPTIONS = {
     "cpu": UNCHANGED | {"cpp_wrapper": True, "size_asserts": False},
     "cuda": UNCHANGED,
 }
+LAYERS = ("plain",)  # variants of kernels.layers
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
 
 
@@ -45,14 +48,55 @@ class Cache(NamedTuple):
     position: int  # of the next token, counted on the host
 
 
-def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Op -> the variant that computes it; Unsupported names one that is not offered."""
-    chosen = {"linear_scan": kernels.linear_scan, "attention": kernels.attention}
-    default = auto("torch", device_kind)
-    resolved = {op: default[op] if name == "auto" else name for op, name in chosen.items()}
+def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
+    """Kernel setting -> variant; Unsupported names one that is not offered, or cannot run here."""
+    # in float64 what runs everywhere: the kernels of Triton compute in float32
+    resolved = auto("torch", CPU if dtype == "float64" else device_kind) | kernels.chosen
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
+    check_layers(resolved["layers"])
+    triton = [f"kernels.{key}={name}" for key, name in resolved.items() if is_triton(name)]
+    if not triton:
+        if kernels.interpret:
+            raise Unsupported("kernels.interpret=true, but none of the kernels is one of Triton.")
+        return resolved
+    if dtype == "float64":
+        raise Unsupported(f"{triton[0]} computes in float32: it has no float64.")
+    if kernels.interpret and kernels.compile:
+        raise Unsupported("kernels.interpret=true: interpreted kernels cannot be compiled too.")
+    if device_kind == CPU and not kernels.interpret:
+        raise Unsupported(
+            f"{triton[0]} needs a GPU; on a CPU kernels.interpret=true runs it in Triton's "
+            "interpreter, for correctness only."
+        )
+    if kernels.interpret != interpreter().is_interpreting():
+        raise Unsupported(
+            "kernels.interpret=true needs TRITON_INTERPRET=1 in the environment that Python is "
+            "started in."
+            if kernels.interpret
+            else f"{triton[0]} would be interpreted: unset TRITON_INTERPRET before Python is "
+            "started, or say kernels.interpret=true."
+        )
     return resolved
+
+
+def is_triton(variant: str) -> bool:
+    return variant.startswith("triton")
+
+
+def interpreter() -> ModuleType:
+    """Imported only for kernels of Triton, which is not there on every machine."""
+    return import_module("implementations.torch_backend.kernels.interpreter")
+
+
+def check_layers(variant: str) -> str:
+    """The variant, when this backend has it; else Unsupported."""
+    if variant not in LAYERS:
+        raise Unsupported(
+            f"kernels.layers={variant} is not offered by the torch backend; "
+            f"offered: {', '.join(LAYERS)}."
+        )
+    return variant
 
 
 class Engine:
@@ -66,10 +110,12 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
-        resolved = resolve(kernels, device_kind)
+        self.device = find_device(device_kind)
+        resolved = resolve(kernels, device_kind, dtype)
+        if kernels.interpret:
+            interpreter().mend()
         self.kernels = kernels
         self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
-        self.device = find_device(device_kind)
         self.device_name = (
             CPU if self.device.type == CPU else torch.cuda.get_device_name(self.device)
         )

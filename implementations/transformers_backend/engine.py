@@ -38,7 +38,11 @@ except ModuleNotFoundError as error:
 BLOCK_TYPES = {"rg_lru": "recurrent", "mqa": "attention"}
 ALL_KEYS = 2**30  # its window has no other word for every key
 # What may be asked for: nothing, or by the name that ours has for what it does.
-OFFERED = {"linear_scan": ("auto", "sequential"), "attention": ("auto", "plain")}
+OFFERED = {
+    "linear_scan": ("auto", "sequential"),
+    "attention": ("auto", "plain"),
+    "layers": ("auto", "plain"),
+}
 
 
 class Cache(NamedTuple):
@@ -76,6 +80,7 @@ class Engine:
         self.resolved_kernels = {
             "linear_scan": "transformers",
             "attention": "eager",
+            "layers": "eager",
             "program": "eager",
         }
         self.device = find_device(device_kind)

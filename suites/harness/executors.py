@@ -20,6 +20,7 @@ from typing import Protocol
 from implementations.config import choose
 from implementations.engine import CPU
 from suites.harness import provenance
+from suites.harness.run import Run
 
 EXECUTORS = ("local",)
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
@@ -102,7 +103,7 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(mine, _device_kind(task))
+                env=environment(mine, _run_of(task))
                 | {TENSORS_VARIABLE: str(log.with_suffix(".npz"))},
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
@@ -151,7 +152,7 @@ class Local:
             os.close(child.pidfd)
 
 
-def environment(cores: list[int], device_kind: str) -> dict[str, str]:
+def environment(cores: list[int], run: Run) -> dict[str, str]:
     """The child's environment: threads pinned, full float32 products, caches on local disk."""
     caches = Path(tempfile.gettempdir()) / f"aerie-cache-{os.getuid()}"
     threads = str(len(cores))
@@ -171,17 +172,19 @@ def environment(cores: list[int], device_kind: str) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if device_kind == CPU:
+    if run.device_kind == CPU:
         pinned |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | pinned
+    # Read where a kernel is defined: one that the user's own environment holds would interpret all.
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return inherited | pinned | ({"TRITON_INTERPRET": "1"} if run.kernels.interpret else {})
 
 
 def _python_path() -> list[str]:
     return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
-def _device_kind(task: Path) -> str:
-    return json.loads(task.read_text(encoding="utf-8"))["run"]["device_kind"]
+def _run_of(task: Path) -> Run:
+    return Run.from_json(json.loads(task.read_text(encoding="utf-8"))["run"])
 
 
 def _pidfd(pid: int) -> int | None:

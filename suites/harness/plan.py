@@ -58,6 +58,7 @@ class Planned:
             "device_kind": run.device_kind,
             "linear_scan": run.kernels.linear_scan,
             "attention": run.kernels.attention,
+            "layers": run.kernels.layers,
             "window_size": run.model.window_size,
             "build": self.build,
             "is_pending": self.is_pending,
@@ -82,6 +83,11 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
         )
     check_dtype(settings["dtype"])
     choose("device_kind", settings["device_kind"], provenance.DEVICE_KINDS, "settings")
+    if kind.is_timing and kernels.interpret:
+        raise ValueError(
+            f"suite={name} times what it runs, and kernels.interpret=true is for correctness only; "
+            "suite=parity takes it."
+        )
     if suite.rounds < 1 or not suite.seeds:
         raise ValueError(f"suite={name}: rounds and seeds must not be empty.")
     for workload in suite.workloads():

@@ -82,6 +82,8 @@ class Run:
         values = json.loads(json.dumps(asdict(self)))
         if not self.workload.levels:  # a question of parity alone: others keep their ids
             del values["workload"]["levels"]
+        if self.kernels.layers == "auto":  # runs from before this setting keep their ids
+            del values["kernels"]["layers"]
         return values
 
     @classmethod

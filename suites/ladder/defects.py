@@ -89,54 +89,60 @@ JAX_DEFECTS = (
         "np.array(v, np.float32)",
         "L0",
     ),
-    Defect("jax_exact_gelu", f"{JAX}.layers", "approximate=True", "approximate=False", "L1"),
+    Defect(
+        "jax_exact_gelu",
+        f"{JAX}.kernels.gated_gelu",
+        "approximate=True",
+        "approximate=False",
+        "L1",
+    ),
     Defect(
         "jax_norm_epsilon",
-        f"{JAX}.layers",
+        f"{JAX}.kernels.rms_norm",
         "keepdims=True) + eps)",
         "keepdims=True) + 1e-5)",
         "L1",
     ),
     Defect(
         "jax_conv_state_one_short",
-        f"{JAX}.layers",
+        f"{JAX}.kernels.causal_conv",
         "past_BTR[:, T:]",
         "past_BTR[:, T - 1 : -1]",
         "L1",
     ),
     Defect(
         "jax_conv_reads_other_documents",
-        f"{JAX}.layers",
+        f"{JAX}.kernels.causal_conv",
         "(position_BT >= offset)",
         "(position_BT >= 0)",
         "L1",
     ),
     Defect(
         "jax_soft_cap_without_division",  # released code's settings only
-        f"{JAX}.layers",
+        f"{JAX}.kernels.cross_entropy",
         "jnp.tanh(logits_BTV / soft_cap)",
         "jnp.tanh(logits_BTV)",
         "L1",
     ),
     Defect(
         "jax_decay_without_factor",
-        f"{JAX}.mixers.rg_lru",
+        f"{JAX}.kernels.rg_lru",
         "-8 * jax.nn.softplus(",
         "-jax.nn.softplus(",
         "L1",
     ),
     Defect(
         "jax_scan_reads_other_documents",
-        f"{JAX}.mixers.rg_lru",
-        "jnp.where(is_start_BT1, 0, jnp.exp(log_a_BTR))",
-        "jnp.exp(log_a_BTR)",
+        f"{JAX}.kernels.rg_lru",
+        "jnp.where(is_start, 0, jnp.exp(log_a))",
+        "jnp.exp(log_a)",
         "L1",
     ),
     Defect(
         "jax_rope_on_every_channel",  # released code's settings only
-        f"{JAX}.mixers.mqa",
-        "half = config.rope_dim // 2",
-        "half = config.head_dim // 2",
+        f"{JAX}.kernels.rope",
+        "half = rope_dim // 2",
+        "half = x_BTNH.shape[-1] // 2",
         "L1",
     ),
     Defect(
@@ -163,7 +169,7 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_unclipped_root",  # where 1 - a^2 is below 2.5e-7
-        f"{JAX}.mixers.rg_lru",
+        f"{JAX}.kernels.rg_lru",
         "jnp.maximum(u, floor)",
         "u",
         "L3",
@@ -184,7 +190,7 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_ring_wraps_early",
-        f"{JAX}.mixers.mqa",
+        f"{JAX}.kernels.attention_step",
         "position_BT[:, -num_slots:] % num_slots",
         "position_BT[:, -num_slots:] % max(num_slots - 1, 1)",
         "L1",
@@ -205,9 +211,9 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_mean_over_ignored_targets",
-        f"{JAX}.model",
-        "(batch.targets_BT != IGNORED).sum()",
-        "batch.targets_BT.size",
+        f"{JAX}.kernels.cross_entropy",
+        "(targets_BT != IGNORED).sum()",
+        "targets_BT.size",
         "L4",
     ),
     Defect(
@@ -219,15 +225,15 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_subtracted_square",
-        f"{JAX}.mixers.rg_lru",
-        "-jnp.expm1(2 * log_a_BTR)",
-        "1 - jax.lax.reduce_precision(jnp.exp(log_a_BTR), 8, 7) ** 2"
-        " if x_BTR.dtype == jnp.bfloat16 else -jnp.expm1(2 * log_a_BTR)",
+        f"{JAX}.kernels.rg_lru",
+        "-jnp.expm1(2 * log_a)",
+        "1 - jax.lax.reduce_precision(jnp.exp(log_a), 8, 7) ** 2"
+        " if x.dtype == jnp.bfloat16 else -jnp.expm1(2 * log_a)",
         "L7",
     ),
     Defect(
         "jax_state_in_dtype_of_x",
-        f"{JAX}.mixers.rg_lru",
+        f"{JAX}.kernels.rg_lru",
         "h_BTR.astype(x_BTR.dtype), h_BR",
         "h_BTR.astype(x_BTR.dtype),"
         " jax.lax.reduce_precision(h_BR, 8, 7) if x_BTR.dtype == jnp.bfloat16 else h_BR",
@@ -242,7 +248,7 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_rope_in_bfloat16",
-        f"{JAX}.mixers.mqa",
+        f"{JAX}.kernels.rope",
         "dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)",
         "dtype = x_BTNH.dtype",
         "L7",

@@ -17,9 +17,25 @@ from suites.ladder.check import Check, to_bfloat16
 from suites.ladder.model import moved_parameters, packed_batches
 
 VALUES = {"float64": "L1", "float32": "L2", "bfloat16": "L7"}
-# They call no kernel: with another variant of one they are the same program.
-WITHOUT_KERNELS = ("embed", "rms_norm", "linear", "gelu", "causal_conv", "block_diagonal",
-                   "bounded_sqrt", "rope", "unembed", "cross_entropy", "mlp")  # fmt: skip
+# The settings of the kernels that each op calls: with other ones it is the same program.
+KERNELS = {
+    "embed": (),
+    "rms_norm": ("layers",),
+    "linear": (),
+    "gelu": ("layers",),
+    "causal_conv": ("layers",),
+    "block_diagonal": (),
+    "bounded_sqrt": (),
+    "linear_scan": ("linear_scan",),
+    "rg_lru": ("linear_scan",),
+    "rope": ("layers",),
+    "attention": ("attention",),
+    "unembed": (),
+    "cross_entropy": ("layers",),
+    "mlp": ("layers",),
+    **{f"{kind}.rg_lru": ("linear_scan", "layers") for kind in ("mixer", "chunks", "layer")},
+    **{f"{kind}.mqa": ("attention", "layers") for kind in ("mixer", "chunks", "layer")},
+}
 MANY = (4, 1024)  # sequences, tokens: a gradient summed over them in bfloat16 loses a tenth
 GRADIENTS = {"float64": "L3", "float32": "L3", "bfloat16": "L7"}
 
@@ -40,9 +56,9 @@ class Case:
 def checks(run: Run, engine: Engine) -> Iterator[Check]:
     values, gradients = VALUES[run.dtype], GRADIENTS[run.dtype]
     rng = np.random.default_rng([run.seed, 2])
-    is_auto = run.kernels.linear_scan == run.kernels.attention == "auto"
+    chosen = run.kernels.chosen
     for case in cases(run):
-        if case.op in WITHOUT_KERNELS and not is_auto:
+        if chosen and not chosen.keys() & set(KERNELS[case.op]):
             continue
         case = _rounded(case) if run.dtype == "bfloat16" else case
         op = ops.OPS[case.op]

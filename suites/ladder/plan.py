@@ -17,7 +17,12 @@ BACKENDS = "backend=jax,torch"
 DTYPES = "dtype=float64,float32,bfloat16"
 DTYPES_OF = {"L1": "float64", "L2": "float32", "L3": "float64,float32", "L7": "bfloat16"}
 SEEDS = "suite.seeds=[0,1,2,3,4]"  # of L6
-OPS = {"linear_scan": "rg_lru", "attention": "mqa"}  # the mixer that calls a kernel
+# The mixer that a setting of the kernels is for (None: every model), and a file of its kernels.
+CALLED = {
+    "linear_scan": ("rg_lru", "linear_scan"),
+    "attention": ("mqa", "attention"),
+    "layers": (None, "rms_norm"),
+}
 INTERPRETED = ("triton", "pallas")  # on a CPU
 
 
@@ -52,16 +57,33 @@ def _other_kernels(runs: Iterable[Run]) -> Iterator[Run]:
     """Each family with each other variant of the kernels that it calls, with the first settings."""
     seen = set()
     for run in runs:
-        resolved = auto(run.backend, run.device_kind)
-        for op, mixer in OPS.items():
-            for name in offered(run.backend, op) if mixer in run.model.pattern else ():
-                place = (run.model.family, run.backend, run.seed, op, name)
-                if name == resolved[op] or place in seen:
-                    continue
-                seen.add(place)
-                is_interpreted = run.device_kind == CPU and name.startswith(INTERPRETED)
-                kernels = replace(run.kernels, **{op: name}, interpret=is_interpreted)
+        place = (run.model.family, run.backend, run.seed)
+        if place not in seen:
+            seen.add(place)
+            for chosen, is_interpreted in _choices(run):
+                kernels = replace(run.kernels, **chosen, interpret=is_interpreted)
                 yield replace(run, kernels=kernels)
+
+
+def _choices(run: Run) -> Iterator[tuple[dict[str, str], bool]]:
+    """({setting: variant}, whether it is interpreted): all variants that `auto` does not stand for.
+
+    The first interpreted one of each setting go together, as an interpreter is slow.
+    """
+    resolved, together = auto(run.backend, run.device_kind), {}
+    for setting, (mixer, file) in CALLED.items():
+        if mixer is not None and mixer not in run.model.pattern:
+            continue
+        for name in offered(run.backend, file):
+            is_interpreted = run.device_kind == CPU and name.startswith(INTERPRETED)
+            if name == resolved[setting]:
+                continue
+            if is_interpreted and setting not in together:
+                together[setting] = name
+            else:
+                yield {setting: name}, is_interpreted
+    if together:
+        yield together, True
 
 
 def need_peer() -> None:

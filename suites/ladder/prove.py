@@ -32,7 +32,7 @@ def prove(*, on_end: Callable[[int, int, str], None]) -> dict[str, Any]:
     """{planted, caught, false_alarms, by_level: {level: {planted, caught}}, defects, alarms}."""
     need_peer()
     base = gate([FAMILY])
-    plain = [run for run in base if run.kernels.linear_scan == run.kernels.attention == "auto"]
+    plain = [run for run in base if not run.kernels.chosen]
     quiet = [Request(run=run, seeds=ALARM_SEEDS) for run in plain if _is_watched(run)]
     jobs = [*quiet, *DEFECTS]
 

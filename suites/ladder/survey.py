@@ -62,7 +62,7 @@ def draws(request: Request, cores: list[int]) -> list[Draw]:
     command = [sys.executable, "-m", "suites.ladder.child", request.to_json()]
     result = subprocess.run(
         command,
-        env=environment(cores, request.run.device_kind),
+        env=environment(cores, request.run),
         capture_output=True,
         text=True,
         check=False,

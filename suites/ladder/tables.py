@@ -266,8 +266,7 @@ def name_of(run: Run) -> str:
 
 def kernels_of(run: Run) -> str:
     """What is not automatic: `linear_scan=associative`."""
-    names = {op: getattr(run.kernels, op) for op in ("linear_scan", "attention")}
-    words = [f"{op}={name}" for op, name in names.items() if name != "auto"]
+    words = [f"{setting}={name}" for setting, name in run.kernels.chosen.items()]
     return " ".join([*words, *(["compiled"] if run.kernels.compile else [])])
 
 

@@ -17,9 +17,10 @@ BLOCKS_PER_WINDOW = 4
 
 
 def attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, variant: str
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, last_BT: Array, reach_BT: Array, variant: str
 ) -> Array:
-    """[B, T, N, H] in v's dtype. Every query must see at least one key."""
+    """[B, T, N, H] in v's dtype. Query t sees the keys of index last - reach to last, of which one
+    at least must be there."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or N % K:
@@ -27,8 +28,12 @@ def attention(
             f"attention needs q [B, T, N, H], k and v [B, S, K, H] and K a divisor of N; "
             f"got q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}."
         )
-    if visible_BTS.shape != (B, T, S):
-        raise ValueError(f"visible must be {(B, T, S)}, got {visible_BTS.shape}.")
+    if not last_BT.shape == reach_BT.shape == (B, T):
+        raise ValueError(
+            f"last and reach must be {(B, T)}, got {last_BT.shape} and {reach_BT.shape}."
+        )
+    distance_BTS = last_BT[:, :, None] - jnp.arange(S, dtype=jnp.int32)
+    visible_BTS = (distance_BTS >= 0) & (distance_BTS <= reach_BT[:, :, None])
     return VARIANTS[check(variant)](q_BTNH, k_BSKH, v_BSKH, visible_BTS)
 
 
@@ -59,17 +64,14 @@ def window_attention(
     # Padded queries get reach 0: they see their own, padded, key.
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, back), (0, 0), (0, 0)))
     reach_BT = jnp.pad(jnp.minimum(reach_BT, window - 1), ((0, 0), (0, back)))
-    distance_TS = (
-        num_past * block
-        + jnp.arange(block, dtype=jnp.int32)[:, None]
-        - jnp.arange((num_past + 1) * block, dtype=jnp.int32)
-    )
     reach_BT = reach_BT.reshape(B * num_blocks, block)
+    last_T = num_past * block + jnp.arange(block, dtype=jnp.int32)
     out = attention(
         q_BTNH.reshape(B * num_blocks, block, N, H),
         key_blocks(k_BSKH),
         key_blocks(v_BSKH),
-        (distance_TS >= 0) & (distance_TS <= reach_BT[:, :, None]),
+        jnp.broadcast_to(last_T, reach_BT.shape),
+        reach_BT,
         variant,
     )
     return out.reshape(B, num_blocks * block, N, H)[:, :T]

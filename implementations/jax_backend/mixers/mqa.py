@@ -15,6 +15,8 @@ from implementations.config import ModelConfig
 from implementations.engine import Kernels
 from implementations.jax_backend.activations import watched
 from implementations.jax_backend.kernels.attention import attention, window_attention
+from implementations.jax_backend.kernels.attention_step import attention_step, write
+from implementations.jax_backend.kernels.rope import rope
 from implementations.jax_backend.layers import linear
 
 
@@ -45,26 +47,11 @@ def mixer(
     q_BTNH = linear(params["linear_q"], x_BTD).reshape(B, T, config.num_heads, config.head_dim)
     k_BTKH = linear(params["linear_k"], x_BTD).reshape(B, T, config.num_kv_heads, config.head_dim)
     v_BTKH = linear(params["linear_v"], x_BTD).reshape(k_BTKH.shape)
-    q_BTNH, k_BTKH = rope(q_BTNH, position_BT, config), rope(k_BTKH, position_BT, config)
+    rotation = (position_BT, config.rope_dim, config.rope_base, kernels.layers)
+    q_BTNH, k_BTKH = rope(q_BTNH, *rotation), rope(k_BTKH, *rotation)
     attend = attend_alone if state is None else attend_with_state
     y_BTNH, state = attend(q_BTNH, k_BTKH, v_BTKH, position_BT, state, config, kernels.attention)
     return linear(params["linear_out"], y_BTNH.reshape(B, T, -1)), state
-
-
-def rope(x_BTNH: Array, position_BT: Array, config: ModelConfig) -> Array:
-    """Rotates channel i against channel i + rope_dim / 2, by position * base^(-2 i / rope_dim)."""
-    half = config.rope_dim // 2
-    if not half:
-        return x_BTNH
-    dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    rate_H = 1 / config.rope_base ** (jnp.arange(half, dtype=dtype) / half)
-    angle_BT1H = position_BT[:, :, None, None].astype(dtype) * rate_H
-    cos, sin = jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
-    first = x_BTNH[..., :half].astype(dtype)
-    second = x_BTNH[..., half : 2 * half].astype(dtype)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    rotated = [part.astype(x_BTNH.dtype) for part in rotated]
-    return jnp.concatenate([*rotated, x_BTNH[..., 2 * half :]], axis=-1)
 
 
 def attend_alone(
@@ -86,9 +73,8 @@ def attend_alone(
         past = ((0, 0), (W, 0), (0, 0), (0, 0))
         k_BSKH, v_BSKH = jnp.pad(k_BTKH, past), jnp.pad(v_BTKH, past)
         return window_attention(q_BTNH, k_BSKH, v_BSKH, reach_BT, W, variant), None
-    distance_TS = index_T[:, None] - index_T
-    visible_BTS = (distance_TS >= 0) & (distance_TS <= reach_BT[:, :, None])
-    return attention(q_BTNH, k_BTKH, v_BTKH, visible_BTS, variant), None
+    last_BT = jnp.broadcast_to(index_T, reach_BT.shape)
+    return attention(q_BTNH, k_BTKH, v_BTKH, last_BT, reach_BT, variant), None
 
 
 def attend_with_state(
@@ -101,9 +87,12 @@ def attend_with_state(
     variant: str,
 ) -> tuple[Array, State]:
     T, W, num_slots = q_BTNH.shape[1], config.num_visible_keys, state.k_BSKH.shape[1]
+    if T == 1:
+        token = (x[:, 0] for x in (q_BTNH, k_BTKH, v_BTKH))
+        out_BNH, *slots = attention_step(*token, position_BT, *state, variant)
+        return out_BNH[:, None], State(*slots)
     new = State(write(state.k_BSKH, k_BTKH, position_BT), write(state.v_BSKH, v_BTKH, position_BT))
-    reach_BT = position_BT if W is None else jnp.minimum(position_BT, W - 1)
-    if T > 1 and num_slots == W:
+    if num_slots == W:
         # The chunk overwrites keys that its first queries see: read the ring from before it.
         slot_BS = (position_BT[:, :1] + jnp.arange(W, dtype=jnp.int32)) % W
         past_BSKH = [
@@ -111,20 +100,7 @@ def attend_with_state(
         ]  # from the oldest to the newest
         k_BSKH = jnp.concatenate([past_BSKH[0], k_BTKH], axis=1)
         v_BSKH = jnp.concatenate([past_BSKH[1], v_BTKH], axis=1)
+        reach_BT = jnp.minimum(position_BT, W - 1)
         return window_attention(q_BTNH, k_BSKH, v_BSKH, reach_BT, W, variant), new
-    # Slot s holds the latest position, up to the chunk's last, that is s modulo num_slots; a slot
-    # never written gets a negative one, which no reach admits.
-    last_B1 = position_BT[:, -1:]
-    slot_S = jnp.arange(num_slots, dtype=jnp.int32)
-    key_BS = last_B1 - (last_B1 - slot_S) % num_slots
-    distance_BTS = position_BT[:, :, None] - key_BS[:, None, :]
-    visible_BTS = (distance_BTS >= 0) & (distance_BTS <= reach_BT[:, :, None])
-    return attention(q_BTNH, new.k_BSKH, new.v_BSKH, visible_BTS, variant), new
-
-
-def write(x_BSKH: Array, new_BTKH: Array, position_BT: Array) -> Array:
-    """The slots with those of the new keys, or values, that still fit."""
-    num_slots = x_BSKH.shape[1]
-    slot_BT = position_BT[:, -num_slots:] % num_slots
-    row_B1 = jnp.arange(x_BSKH.shape[0], dtype=jnp.int32)[:, None]
-    return x_BSKH.at[row_B1, slot_BT].set(new_BTKH[:, -num_slots:])
+    # Slot s holds position s: all that were are kept.
+    return attention(q_BTNH, new.k_BSKH, new.v_BSKH, position_BT, position_BT, variant), new

@@ -1,0 +1,68 @@
+"""The real-gated linear recurrent unit, from its gates on: its variants are those of linear_scan.
+
+Twin: implementations/torch_backend/kernels/rg_lru.py.  Truth: implementations/mixers/rg_lru.py.
+
+a_t = exp(-8 softplus(a_param) sigmoid(a_gate_t)), h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t with
+i_t = sigmoid(input_gate_t); float32 inside (float64 in float64).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from implementations.jax_backend.kernels.linear_scan import linear_scan
+
+MAX_SQRT_GRADIENT = 1000.0  # clips the derivative of sqrt(1 - a^2) near a = 1 (released code)
+
+
+def rg_lru(
+    x_BTR: Array,
+    a_gate_BTR: Array,
+    input_gate_BTR: Array,
+    a_param_R: Array,
+    position_BT: Array,
+    h0_BR: Array,
+    variant: str,
+) -> tuple[Array, Array]:
+    """Every state, in x's dtype, and the last one, in h0's. The gates are given before their
+    sigmoid, with their bias."""
+    if not x_BTR.shape == a_gate_BTR.shape == input_gate_BTR.shape:
+        raise ValueError(
+            "rg_lru needs x and its gates of one shape [B, T, R]; "
+            f"got x {x_BTR.shape}, a_gate {a_gate_BTR.shape}, input_gate {input_gate_BTR.shape}."
+        )
+    if position_BT.shape != x_BTR.shape[:2]:
+        raise ValueError(f"rg_lru: position must be {x_BTR.shape[:2]}, got {position_BT.shape}.")
+    is_start_BT1 = (position_BT == 0)[:, :, None]
+    a_BTR, input_BTR = decay_and_input(
+        x_BTR, a_gate_BTR, input_gate_BTR, a_param_R, is_start_BT1, h0_BR.dtype
+    )
+    h_BTR, h_BR = linear_scan(a_BTR, input_BTR, h0_BR, variant)
+    return h_BTR.astype(x_BTR.dtype), h_BR
+
+
+def decay_and_input(
+    x: Array, a_gate: Array, input_gate: Array, a_param_R: Array, is_start: Array, dtype: jnp.dtype
+) -> tuple[Array, Array]:
+    """(a_t, sqrt(1 - a_t^2) i_t x_t). At a document start the past is dropped and the input enters
+    whole: h_0 = i_0 x_0."""
+    r = jax.nn.sigmoid(a_gate.astype(dtype))
+    i = jax.nn.sigmoid(input_gate.astype(dtype))
+    log_a = -8 * jax.nn.softplus(a_param_R.astype(dtype)) * r
+    a = jnp.where(is_start, 0, jnp.exp(log_a))
+    # sqrt(1 - a^2), without cancellation
+    scale = jnp.where(is_start, 1, bounded_sqrt(-jnp.expm1(2 * log_a)))
+    return a, scale * i * x.astype(dtype)
+
+
+@jax.custom_jvp
+def bounded_sqrt(u: Array) -> Array:
+    """sqrt(u); its derivative, 1 / (2 sqrt(u)), is held at MAX_SQRT_GRADIENT."""
+    return jnp.sqrt(u)
+
+
+@bounded_sqrt.defjvp
+def _bounded_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (u,), (du,) = primals, tangents
+    floor = 1 / (4 * MAX_SQRT_GRADIENT**2)
+    return jnp.sqrt(u), du * (0.5 * jax.lax.rsqrt(jnp.maximum(u, floor)))

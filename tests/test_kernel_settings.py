@@ -1,0 +1,198 @@
+"""Kernels that a machine cannot run are refused in one line, and none is interpreted unasked."""
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from conftest import BACKENDS, tiny
+
+from implementations.engine import Kernels, Unsupported, auto, load_engine
+from implementations.ops import OPS
+from suites import compose
+from suites.harness import plan
+from suites.harness.executors import environment
+from suites.harness.run import Run
+from suites.ladder import ops as op_checks
+from suites.ladder import plan as ladder
+
+SCAN = {"linear_scan": "triton", "interpret": True}
+
+
+def runs_of(*overrides: str) -> list[Run]:
+    request = compose.read(["suite=parity", "size=tiny", *overrides])
+    return [run for settings in request.settings for run in plan.expand(settings)]
+
+
+@pytest.fixture
+def torch_engine(monkeypatch):
+    """The module of the engine, as if every kernel had a variant of Triton."""
+    from implementations.torch_backend import engine
+
+    for module in (engine.attention, engine.linear_scan):
+        monkeypatch.setitem(module.VARIANTS, "triton", None)
+    monkeypatch.setitem(engine.linear_scan.VARIANTS, "triton_split", None)
+    monkeypatch.setattr(engine, "LAYERS", ("plain", "triton"))
+    set_interpreting(monkeypatch, engine, True)
+    return engine
+
+
+def set_interpreting(monkeypatch, engine, is_interpreting: bool) -> None:
+    stub = SimpleNamespace(is_interpreting=lambda: is_interpreting, mend=lambda: None)
+    monkeypatch.setattr(engine, "interpreter", lambda: stub)
+
+
+# What auto stands for
+
+
+def test_auto_is_triton_on_a_gpu_of_pytorch_alone(torch_engine, monkeypatch):
+    assert auto("torch", "cpu")["layers"] == auto("jax", "cpu")["layers"] == "plain"
+    assert auto("jax", "h200") == {
+        "linear_scan": "analytic", "attention": "fused", "layers": "plain"
+    }  # fmt: skip
+    set_interpreting(monkeypatch, torch_engine, False)
+    found = torch_engine.resolve(Kernels(), "h200", "bfloat16")
+    assert found == dict.fromkeys(("linear_scan", "attention", "layers"), "triton")
+    mixed = torch_engine.resolve(Kernels(layers="plain"), "h200", "float32")
+    assert mixed == found | {"layers": "plain"}
+
+
+def test_in_float64_auto_never_stands_for_triton(torch_engine):
+    assert torch_engine.resolve(Kernels(), "h200", "float64") == auto("torch", "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_setting_is_recorded(backend):
+    found = load_engine(backend)(tiny("hawk")).resolved_kernels
+    assert found["layers"] == "plain"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device_kind", "dtype", "message"),
+    [
+        ({"linear_scan": "triton"}, "cpu", "float32", "linear_scan=triton needs a GPU"),
+        ({"linear_scan": "triton_split"}, "cpu", "float32", "linear_scan=triton_split needs a GPU"),
+        ({"attention": "triton"}, "cpu", "bfloat16", "attention=triton needs a GPU"),
+        ({"layers": "triton"}, "cpu", "bfloat16", "layers=triton needs a GPU"),
+        ({"interpret": True}, "cpu", "float32", "none of the kernels is one of Triton"),
+        (SCAN, "cpu", "float64", "linear_scan=triton computes in float32"),
+        ({"attention": "triton"}, "h200", "float64", "attention=triton computes in float32"),
+        (SCAN | {"compile": True}, "cpu", "float32", "cannot be compiled"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(torch_engine, kernels, device_kind, dtype, message):
+    with pytest.raises(Unsupported, match=message) as refusal:
+        torch_engine.resolve(Kernels(**kernels), device_kind, dtype)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_interpreter_is_asked_for_in_both_places(torch_engine, monkeypatch):
+    assert torch_engine.resolve(Kernels(**SCAN), "cpu", "float32")["linear_scan"] == "triton"
+    with pytest.raises(Unsupported, match="unset TRITON_INTERPRET"):
+        torch_engine.resolve(Kernels(), "h200", "float32")
+    set_interpreting(monkeypatch, torch_engine, False)
+    with pytest.raises(Unsupported, match="needs TRITON_INTERPRET=1"):
+        torch_engine.resolve(Kernels(**SCAN), "cpu", "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_there_must_be_something_to_interpret(backend):
+    with pytest.raises(Unsupported, match="none of the kernels"):
+        load_engine(backend)(tiny("hawk"), kernels=Kernels(interpret=True))
+
+
+def test_the_layers_of_jax_are_plain():
+    with pytest.raises(Unsupported, match="layers=triton is not offered by the jax backend"):
+        load_engine("jax")(tiny("hawk"), kernels=Kernels(layers="triton"))
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="Did you mean 'triton'"):
+        Kernels(layers="tritn")
+
+
+TIMING = ["training_speed", "prefill_latency", "decode_latency", "decode_throughput"]
+
+
+@pytest.mark.parametrize("suite", TIMING)
+def test_no_interpreter_is_timed(suite):
+    with pytest.raises(ValueError, match=f"suite={suite} times what it runs"):
+        runs_of(f"suite={suite}", "kernels.interpret=true", "kernels.linear_scan=triton")
+    assert runs_of("suite=parity,language_modeling", "kernels.interpret=true")
+
+
+def test_the_request_to_time_an_interpreter_ends_before_anything_starts(capsys, tmp_path):
+    from suites import commands
+
+    asked = ["suite=decode_latency", "kernels.interpret=true", "backend=torch"]
+    with pytest.raises(SystemExit) as ended:
+        commands.run(asked, tmp_path / "store")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "kernels.interpret=true is for correctness only" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+# Runs
+
+
+def test_a_child_is_interpreted_when_its_run_says_so(monkeypatch):
+    (run,) = runs_of("kernels.linear_scan=triton", "kernels.interpret=true", "backend=torch")
+    assert environment([0], run)["TRITON_INTERPRET"] == "1"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    other = replace(run, kernels=Kernels())
+    assert "TRITON_INTERPRET" not in environment([0], other)
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_runs_keep_their_ids_where_the_layers_are_automatic():
+    (run,) = runs_of()
+    assert "layers" not in run.to_json()["kernels"]
+    assert Run.from_json(run.to_json()) == run
+    plain = replace(run, kernels=Kernels(layers="plain"))
+    assert plain.to_json()["kernels"]["layers"] == "plain"
+    assert Run.from_json(plain.to_json()) == plain
+    assert plain.run_id != run.run_id
+
+
+def test_the_plan_shows_the_variants(tmp_path):
+    (planned,) = plan.plan(tmp_path, runs_of("kernels.layers=plain"))
+    shown = planned.to_json()
+    assert (shown["linear_scan"], shown["attention"], shown["layers"]) == ("auto", "auto", "plain")
+
+
+OFFERED = {"linear_scan": ("sequential", "analytic", "triton", "triton_split"),
+           "attention": ("plain", "fused", "triton"), "rms_norm": ("plain", "triton")}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mqa", "hawk", "griffin"])
+@pytest.mark.parametrize("device_kind", ["cpu", "h200"])
+def test_the_gate_interprets_the_kernels_of_a_family_together(monkeypatch, family, device_kind):
+    monkeypatch.setattr(ladder, "offered", lambda backend, file: OFFERED[file])
+    runs = runs_of(f"family={family}", f"device_kind={device_kind}", "backend=torch")
+    found = [run.kernels for run in ladder._other_kernels(runs * 2)]
+    has = {"linear_scan": family != "mqa", "attention": family != "hawk", "layers": True}
+    called = [setting for setting in has if has[setting]]
+    assert all(kernels.chosen.keys() <= set(called) for kernels in found)
+    interpreted = [kernels.chosen for kernels in found if kernels.interpret]
+    alone = [kernels.chosen for kernels in found if not kernels.interpret]
+    assert all(len(chosen) == 1 for chosen in alone)
+    split = {"linear_scan": "triton_split"}
+    if device_kind == "cpu":
+        together = dict.fromkeys(called, "triton")
+        assert interpreted == ([split] if has["linear_scan"] else []) + [together]
+        assert all("triton" not in name for chosen in alone for name in chosen.values())
+    else:  # auto is triton
+        assert not interpreted
+        assert (split in alone) == has["linear_scan"]
+        assert {"layers": "plain"} in alone
+
+
+def test_an_op_is_checked_again_with_the_kernels_that_it_calls():
+    assert op_checks.KERNELS.keys() == OPS.keys()
+    called = {setting for settings in op_checks.KERNELS.values() for setting in settings}
+    assert called == set(auto("torch", "cpu"))
