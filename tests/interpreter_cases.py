@@ -269,3 +269,82 @@ def poisoned_case() -> dict[str, bool]:
         }
         torch.empty(3, dtype=torch.int64)
     return {name: bool(tensor.isnan().all()) for name, tensor in made.items()}
+
+
+# Good kernels, and the defects that the sanitizer must see.
+
+
+@triton.jit
+def _shift_kernel(
+    x_ptr,  # [N]
+    out_ptr,  # [N]
+    N,
+    SHIFT: tl.constexpr,  # 0 is right; else reads beyond an end
+    OVERLAP: tl.constexpr,  # 0 is right; else a program writes into the next one's block
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i + SHIFT, mask=i < N, other=0.0)
+    tl.store(out_ptr + i, x + 1.0, mask=i < N)
+    tl.store(out_ptr + i + OVERLAP, x + 1.0, mask=i + OVERLAP < N)
+
+
+@triton.jit
+def _in_place_kernel(x_ptr, N, BLOCK: tl.constexpr):
+    """Each program reads its left neighbour's last element, and overwrites its own."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = tl.load(x_ptr + i - 1, mask=(i > 0) & (i < N), other=0.0)
+    tl.store(x_ptr + i, before, mask=i < N)
+
+
+@triton.jit
+def _atomic_kernel(x_ptr):
+    tl.atomic_add(x_ptr, 1.0)
+
+
+def shift_case(dtype: str, shift: int = 0, overlap: int = 0) -> tuple[list[str], list[str], bool]:
+    """What is reported, and whether the output is there all the same."""
+    from sanitizer import sanitize
+
+    x, out = (random(100, dtype=getattr(torch, dtype)) for _ in range(2))  # heap neighbours
+    with sanitize() as report:
+        for _ in range(2):  # two launches write the same elements: no conflict
+            _shift_kernel[(4,)](x, out, 100, SHIFT=shift, OVERLAP=overlap, BLOCK=32)
+    assert (report.num_launches, report.num_loads, report.num_stores) == (2, 8, 16)
+    return report.out_of_bounds, report.conflicts, bool((out == x + 1).all())
+
+
+def view_case() -> tuple[int, int]:
+    """Problems of a launch on every second row, in bounds and one row too far down."""
+    from sanitizer import sanitize
+
+    x, out = random(8, 32)[::2], torch.empty(4, 32)
+    counts = []
+    for at in (x, x[1:]):
+        with sanitize() as report:
+            _rows_kernel[(4,)](at, out, at.stride(0), BLOCK=32)
+        counts.append(len(report.problems))
+    return tuple(counts)
+
+
+@triton.jit
+def _rows_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(out_ptr + row * BLOCK + i, tl.load(x_ptr + row * stride + i))
+
+
+def in_place_case() -> list[str]:
+    from sanitizer import sanitize
+
+    x = random(100)
+    with sanitize() as report:
+        _in_place_kernel[(4,)](x, 100, BLOCK=32)
+    assert not report.out_of_bounds
+    return report.conflicts
+
+
+def atomic_case() -> None:
+    from sanitizer import sanitize
+
+    with sanitize():
+        _atomic_kernel[(1,)](torch.zeros(1))

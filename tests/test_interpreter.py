@@ -1,6 +1,7 @@
 """The proving ground of the Triton kernels: the mended interpreter is right in bfloat16, and its
 worker behaves."""
 
+import re
 import sys
 
 import pytest
@@ -75,3 +76,43 @@ def test_poisoned_memory_is_nan(interpreted):
     made = interpreted(CASES, "poisoned_case")
     assert len(made) == 5
     assert all(made.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sanitizer_passes_a_good_kernel(interpreted, dtype):
+    assert interpreted(CASES, "shift_case", dtype=dtype) == ([], [], True)
+
+
+@pytest.mark.parametrize(
+    ("shift", "place"), [(1, "1 after the end of x_ptr"), (-3, "3 before x_ptr")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sanitizer_finds_a_load_beyond_the_end(interpreted, dtype, shift, place):
+    outside, conflicts, _ = interpreted(CASES, "shift_case", dtype=dtype, shift=shift)
+    assert len(outside) == 2  # one program, in two launches
+    assert all(place in problem for problem in outside)
+    assert re.match(r"interpreter_cases.py:\d+: a load of _shift_kernel, program", outside[0])
+    assert not conflicts
+
+
+def test_the_sanitizer_finds_two_programs_that_write_one_element(interpreted):
+    outside, conflicts, _ = interpreted(CASES, "shift_case", dtype="float32", overlap=2)
+    assert not outside
+    assert len(conflicts) == 2
+    # Two elements of each of the last three blocks.
+    assert "_shift_kernel: 6 elements of out_ptr" in conflicts[0]
+    assert "(0, 0, 0) and (1, 0, 0)" in conflicts[0]
+
+
+def test_the_sanitizer_finds_a_program_that_reads_what_another_writes(interpreted):
+    (conflict,) = interpreted(CASES, "in_place_case")
+    assert "3 elements of x_ptr" in conflict
+
+
+def test_the_sanitizer_knows_the_end_of_a_view(interpreted):
+    assert interpreted(CASES, "view_case") == (0, 1)
+
+
+def test_the_sanitizer_refuses_what_it_cannot_follow(interpreted):
+    with pytest.raises(Exception, match="does not follow create_atomic_rmw"):
+        interpreted(CASES, "atomic_case")
