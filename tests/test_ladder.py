@@ -81,7 +81,7 @@ def test_variants_are_read_without_the_framework(backend, op):
 # What is red, and where.
 
 FAULTS = {  # a value of the torch backend, what stands in its place; the first red check, the layer
-    "implementations.torch_backend.mixers.rg_lru.DECAY": (
+    "implementations.torch_backend.kernels.rg_lru.DECAY": (
         7.5, "L1/rg_lru/h_BTR", "L4/activations/layers.0.mixer.rg_lru"
     ),
     "implementations.torch_backend.mixers.rg_lru.MAX_SQRT_GRADIENT": (

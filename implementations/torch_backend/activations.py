@@ -13,13 +13,14 @@ from torch import Tensor, nn
 @contextmanager
 def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within the block, what every module is given is kept as PATH.input, its output (the first of
-    several) as PATH."""
+    several, with its bias where that is added later) as PATH."""
     found: dict[str, Tensor] = {}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             found[f"{path}.input"] = inputs[0]
-            found[path] = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            found[path] = module.add_bias(output) if hasattr(module, "add_bias") else output
 
         return hook
 

@@ -78,7 +78,10 @@ class CausalConv(nn.Module):
 
 
 class BlockDiagonal(nn.Module):
-    """A linear layer in G blocks: each block of the input makes one block of the output."""
+    """A linear layer in G blocks: each block of the input makes one block of the output.
+
+    Calling it gives the products alone: the RG-LRU adds the bias where it reads them.
+    """
 
     def __init__(self, num_blocks: int, width: int, has_bias: bool):
         super().__init__()
@@ -90,8 +93,10 @@ class BlockDiagonal(nn.Module):
         G, width, _ = self.weight.shape
         x_GMI = x_BTR.reshape(-1, G, width).transpose(0, 1)
         out_GMJ = torch.bmm(x_GMI, cast(self.weight, x_BTR))
-        out_BTR = out_GMJ.transpose(0, 1).reshape(x_BTR.shape)
-        return out_BTR if self.bias is None else out_BTR + cast(self.bias, x_BTR)
+        return out_GMJ.transpose(0, 1).reshape(x_BTR.shape)
+
+    def add_bias(self, product_BTR: Tensor) -> Tensor:
+        return product_BTR if self.bias is None else product_BTR + cast(self.bias, product_BTR)
 
 
 class MLP(nn.Module):

@@ -17,6 +17,7 @@ from implementations.torch_backend import layers, model
 from implementations.torch_backend.kernels.cross_entropy import cross_entropy as nll_of
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
+from implementations.torch_backend.kernels.rg_lru import bounded_sqrt as root
 from implementations.torch_backend.mixers import mqa, rg_lru
 
 
@@ -58,11 +59,12 @@ def causal_conv(
 
 def block_diagonal(s: Settings, params: dict, x_BTR: Tensor) -> tuple:
     num_blocks, width = params["weight"].shape[0], x_BTR.shape[-1]
-    return (loaded(layers.BlockDiagonal(num_blocks, width, "bias" in params), params)(x_BTR),)
+    module = loaded(layers.BlockDiagonal(num_blocks, width, "bias" in params), params)
+    return (module.add_bias(module(x_BTR)),)
 
 
 def bounded_sqrt(s: Settings, params: dict, x: Tensor) -> tuple:
-    return (rg_lru.bounded_sqrt(x),)
+    return (root(x),)
 
 
 def scan(s: Settings, params: dict, a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple:

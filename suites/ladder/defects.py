@@ -301,16 +301,16 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_decay_grows",  # a > 1: the root is of a negative number, and all is NaN
-        f"{TORCH}.mixers.rg_lru",
-        "(-DECAY * F.softplus(",
-        "(DECAY * F.softplus(",
+        f"{TORCH}.kernels.rg_lru",
+        "= -DECAY * F.softplus(",
+        "= DECAY * F.softplus(",
         "L1",
     ),
     Defect(
         "torch_decay_parameter_negated",
-        f"{TORCH}.mixers.rg_lru",
-        "F.softplus(exact(self.a_param))",
-        "F.softplus(-exact(self.a_param))",
+        f"{TORCH}.kernels.rg_lru",
+        "F.softplus(a_param_R.to(wide))",
+        "F.softplus(-a_param_R.to(wide))",
         "L1",
     ),
     Defect(
@@ -343,7 +343,7 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_unclipped_root",  # where 1 - a^2 is below 2.5e-7
-        f"{TORCH}.mixers.rg_lru",
+        f"{TORCH}.kernels.rg_lru",
         "u.clamp(min=1 / (4 * MAX_SQRT_GRADIENT**2))",
         "u",
         "L3",
@@ -434,15 +434,15 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_subtracted_square",
-        f"{TORCH}.mixers.rg_lru",
+        f"{TORCH}.kernels.rg_lru",
         "-torch.expm1(2 * log_a_BTR)",
-        "1 - a_BTR.bfloat16().float() ** 2"
+        "1 - torch.exp(log_a_BTR).bfloat16().float() ** 2"
         " if x_BTR.dtype == torch.bfloat16 else -torch.expm1(2 * log_a_BTR)",
         "L7",
     ),
     Defect(
         "torch_state_in_dtype_of_x",
-        f"{TORCH}.mixers.rg_lru",
+        f"{TORCH}.kernels.rg_lru",
         "h_BTR.to(x_BTR.dtype), h_BR",
         "h_BTR.to(x_BTR.dtype), h_BR.to(x_BTR.dtype).to(h_BR.dtype)",
         "L7",
@@ -478,9 +478,9 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_gate_in_bfloat16",
-        f"{TORCH}.mixers.rg_lru",
-        "torch.sigmoid(exact(self.a_gate(x_BTR)))",
-        "exact(torch.sigmoid(self.a_gate(x_BTR)))",
+        f"{TORCH}.kernels.rg_lru",
+        "torch.sigmoid(a_gate_BTR.to(wide))",
+        "torch.sigmoid(a_gate_BTR).to(wide)",
         "L7",
     ),
 )

@@ -7,16 +7,12 @@ Source: arXiv:2402.19427 section 2.4; the clipped gradient: arXiv:2404.07839 and
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from implementations.config import ModelConfig
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
-from implementations.torch_backend.kernels.linear_scan import linear_scan
+from implementations.torch_backend.kernels.rg_lru import rg_lru
 from implementations.torch_backend.layers import BlockDiagonal, CausalConv, Linear, exact
-
-DECAY = 8.0  # c of equation 3
-MAX_SQRT_GRADIENT = 1000.0
 
 
 class State(NamedTuple):
@@ -71,32 +67,5 @@ class RGLRU(nn.Module):
         self, x_BTR: Tensor, position_BT: Tensor, h0_BR: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Every state in x's dtype, and the last one in float32."""
-        r_BTR = torch.sigmoid(exact(self.a_gate(x_BTR)))
-        i_BTR = torch.sigmoid(exact(self.input_gate(x_BTR)))
-        log_a_BTR = r_BTR * (-DECAY * F.softplus(exact(self.a_param)))
-        # At a document start a = 0 and the scale is 1: exactly what log a = -inf gives.
-        log_a_BTR = log_a_BTR.masked_fill((position_BT == 0)[:, :, None], float("-inf"))
-        a_BTR = torch.exp(log_a_BTR)
-        scale_BTR = bounded_sqrt(-torch.expm1(2 * log_a_BTR))  # sqrt(1 - a^2), no cancellation
-        if h0_BR is None:
-            h0_BR = a_BTR.new_zeros(a_BTR.shape[0], a_BTR.shape[2])
-        x = scale_BTR * i_BTR * exact(x_BTR)
-        h_BTR, h_BR = linear_scan(a_BTR, x, h0_BR, self.variant)
-        return h_BTR.to(x_BTR.dtype), h_BR
-
-
-def bounded_sqrt(u: Tensor) -> Tensor:
-    """sqrt(u), its derivative held to at most MAX_SQRT_GRADIENT."""
-    return _BoundedSqrt.apply(u) if u.requires_grad else torch.sqrt(u)
-
-
-class _BoundedSqrt(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u: Tensor) -> Tensor:
-        ctx.save_for_backward(u)
-        return torch.sqrt(u)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (u,) = ctx.saved_tensors
-        return grad * 0.5 * torch.rsqrt(u.clamp(min=1 / (4 * MAX_SQRT_GRADIENT**2)))
+        gates = (self.a_gate(x_BTR), self.input_gate(x_BTR), self.a_gate.bias, self.input_gate.bias)
+        return rg_lru(x_BTR, *gates, self.a_param, position_BT, h0_BR, self.variant)
