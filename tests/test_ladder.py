@@ -84,7 +84,7 @@ FAULTS = {  # a value of the torch backend, what stands in its place; the first 
     "implementations.torch_backend.kernels.rg_lru.DECAY": (
         7.5, "L1/rg_lru/h_BTR", "L4/activations/layers.0.mixer.rg_lru"
     ),
-    "implementations.torch_backend.mixers.rg_lru.MAX_SQRT_GRADIENT": (
+    "implementations.torch_backend.kernels.rg_lru.MAX_SQRT_GRADIENT": (
         1e9, "L3/bounded_sqrt/dx", None
     ),
     "implementations.torch_backend.mixers.mqa.attend_with_state": (

@@ -80,6 +80,13 @@ def _sigmoid_and_slope(u):
     return tl.where(u >= 0, inverse, e * inverse), e * inverse * inverse
 
 
+@triton.jit
+def gelu_of(x):
+    # 2 sqrt(2 / pi) = 1.5957691216057308
+    weight, _ = _sigmoid_and_slope(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+    return x * weight
+
+
 # num_elements is specialised on its divisibility by 16, without which the mask of a 16-byte load is
 # not known to be one: at most three programs, and one for all lengths of a model of even widths.
 @triton.jit
@@ -94,9 +101,7 @@ def _gated_gelu_fwd_kernel(
     mask = at < num_elements
     x = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    # 2 sqrt(2 / pi) = 1.5957691216057308
-    weight, _ = _sigmoid_and_slope(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-    tl.store(out_ptr + at, (x * weight * up).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, (gelu_of(x) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -227,8 +227,8 @@ def _forward_kernel(
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             a_gate = tl.load(a_gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
             input_gate = tl.load(input_gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            keep, jump = _keep_and_jump(position, t < stop)
-            a, inflow = _step(x, a_gate, input_gate, a_bias, input_bias, decay, keep, jump, GATE)
+            keep, jump = keep_and_jump(position, t < stop)
+            a, inflow = step(x, a_gate, input_gate, a_bias, input_bias, decay, keep, jump, GATE)
             product = a * product
             total = a * total + inflow
             products += (product,)
@@ -310,7 +310,7 @@ def _backward_kernel(
             total += tl.load(dh_ptr + of_row + t * R, mask=mask, other=0.0).to(tl.float32)
             products += (product,)
             totals += (total,)
-            keep, jump = _keep_and_jump(position, u < stop)
+            keep, jump = keep_and_jump(position, u < stop)
             a, log_a, r = _decay(a_gate, a_bias, decay, keep, jump, GATE)
             decays += ((a, log_a, r, keep),)
             product = a * product
@@ -348,7 +348,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _step(x, a_gate, input_gate, a_bias, input_bias, decay, keep, jump, GATE: tl.constexpr):
+def step(x, a_gate, input_gate, a_bias, input_bias, decay, keep, jump, GATE: tl.constexpr):
     """(a, inflow) of h_t = a h_{t-1} + inflow."""
     a, log_a, _ = _decay(a_gate, a_bias, decay, keep, jump, GATE)
     return a, _scale(a, log_a)[0] * _sigmoid(input_gate, input_bias) * x
@@ -381,7 +381,7 @@ def _decay(a_gate, a_bias, decay, keep, jump, GATE: tl.constexpr):
 
 
 @triton.jit
-def _keep_and_jump(position, is_there):
+def keep_and_jump(position, is_there):
     """log a = keep * (r decay) + jump: at a document start a is 0, beyond the end it is 1."""
     is_start = position == 0
     keep = tl.where(is_start | (is_there == 0), 0.0, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from implementations.config import ModelConfig
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.rg_lru import rg_lru
+from implementations.torch_backend.kernels.rg_lru_step import is_fused, rg_lru_step
 from implementations.torch_backend.layers import BlockDiagonal, CausalConv, Linear, exact
 
 
@@ -47,10 +48,20 @@ class Mixer(nn.Module):
         conv_BWR, h_BR = (None, None) if state is None else state
         gate_BTR = self.linear_y(x_BTD)
         x_BTR = self.linear_x(x_BTD)
+        if state is not None and x_BTD.shape[1] == 1 and is_fused(self.rg_lru.variant):
+            out_BR = self.step(gate_BTR[:, 0], x_BTR[:, 0], position_BT[:, 0], state)
+            return self.linear_out(out_BR)[:, None], state
         x_BTR, conv_BWR = self.conv_1d(x_BTR, position_BT, conv_BWR)
         h_BTR, h_BR = self.rg_lru(x_BTR, position_BT, h_BR)
         out_BTD = self.linear_out(gated_gelu(gate_BTR, h_BTR, self.variant))
         return out_BTD, None if state is None else State(conv_BWR, h_BR)
+
+    def step(self, gate_BR: Tensor, x_BR: Tensor, position_B: Tensor, state: State) -> Tensor:
+        """gelu(gate) * h of one token; the state is written in place."""
+        conv, unit = self.conv_1d, self.rg_lru
+        weights = (conv.weight, conv.bias, unit.a_gate.weight, unit.input_gate.weight,
+                   unit.a_gate.bias, unit.input_gate.bias, unit.a_param)  # fmt: skip
+        return rg_lru_step(gate_BR, x_BR, *weights, position_B, *state)
 
 
 class RGLRU(nn.Module):
