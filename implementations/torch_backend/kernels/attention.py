@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.engine import Unsupported
+from implementations.torch_backend.kernels.interpreter import is_interpreting
 
 # Queries of one window are cut in this many blocks: a block meets (1 + 1 / 4) W keys.
 BLOCKS_PER_WINDOW = 4
@@ -27,6 +28,47 @@ BLOCKS_PER_WINDOW = 4
 # keys are fewer, the heads of a group are shared out, and their parts of dk and dv added up.
 ENOUGH_PROGRAMS = 528
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+MAX_HEAD_DIM = 256
+# (rows, keys, warps, stages) of each kernel, for heads of up to so many channels. The accumulators
+# decide: 128 x 128 in float32 are 64 of the 255 registers of each thread of 8 warps, and backward
+# for keys holds two. Beside them, as many rows as still compile without a spill and fit the shared
+# memory (cuda80 163 KiB, cuda90 and cuda100 227, hip 64). On sm_90 a warp group's instruction
+# takes 64 rows. Products of float32 run on the plain cores, with all channels of their operands in
+# registers: small tiles. An MI300's waves have 512 registers where only 4 share a block.
+TILES = {
+    "cuda80": {
+        ("forward", 128): (128, 64, 8, 3), ("forward", 256): (64, 64, 8, 2),
+        ("dq", 128): (128, 32, 8, 3), ("dq", 256): (64, 32, 8, 2),
+        ("dkv", 128): (32, 64, 4, 3), ("dkv", 256): (32, 64, 8, 2),
+    },
+    "cuda90": {
+        ("forward", 128): (128, 64, 8, 3), ("forward", 256): (128, 32, 8, 3),
+        ("dq", 128): (128, 64, 8, 3), ("dq", 256): (64, 64, 8, 2),
+        ("dkv", 128): (64, 128, 8, 3), ("dkv", 256): (16, 64, 8, 2),
+    },
+    "cuda100": {
+        ("forward", 128): (128, 64, 8, 3), ("forward", 256): (64, 64, 8, 2),
+        ("dq", 128): (128, 64, 8, 3), ("dq", 256): (64, 32, 8, 2),
+        ("dkv", 128): (64, 128, 8, 2), ("dkv", 256): (32, 64, 8, 2),
+    },
+    "hip": {
+        ("forward", 128): (128, 64, 4, 1), ("forward", 256): (64, 32, 4, 1),
+        ("dq", 128): (128, 32, 4, 1), ("dq", 256): (32, 32, 4, 1),
+        ("dkv", 128): (32, 64, 4, 1), ("dkv", 256): (16, 64, 4, 1),
+    },
+    "float32": {
+        ("forward", 128): (64, 16, 8, 2), ("forward", 256): (16, 32, 8, 2),
+        ("dq", 128): (32, 32, 8, 2), ("dq", 256): (16, 16, 8, 2),
+        ("dkv", 128): (16, 32, 8, 2), ("dkv", 256): (16, 32, 8, 2),
+    },
+    "float32 hip": {
+        ("forward", 128): (64, 32, 4, 1), ("forward", 256): (32, 32, 4, 1),
+        ("dq", 128): (32, 32, 4, 1), ("dq", 256): (32, 16, 4, 1),
+        ("dkv", 128): (32, 32, 4, 1), ("dkv", 256): (16, 32, 4, 1),
+    },
+}  # fmt: skip
 
 
 def attention(
@@ -153,115 +195,78 @@ def _triton(
     dtype = v_BSKH.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise Unsupported(f"kernels.attention=triton computes in float32, not in {dtype}.")
+    if (H := q_BTNH.shape[-1]) > MAX_HEAD_DIM:
+        raise Unsupported(f"kernels.attention=triton has head_dim up to {MAX_HEAD_DIM}, not {H}.")
     first_BT = (last_BT - reach_BT).clamp(min=0).int()
-    return _forward(q_BTNH.to(dtype), k_BSKH.to(dtype), v_BSKH, first_BT, last_BT.int())[0]
+    return _Attention.apply(q_BTNH.to(dtype), k_BSKH.to(dtype), v_BSKH, first_BT, last_BT.int())
 
 
-@torch.library.custom_op("aerie::attention", mutates_args=())
-def _forward(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, first_BT: Tensor, last_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The output, and log2 of the sum of exponentials of each query's scores, [B, T, N]."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    inputs = (q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT)
-    out_BTNH = q_BTNH.new_empty(q_BTNH.shape)
-    lse_BTN = q_BTNH.new_empty((B, T, N), dtype=torch.float32)
-    tiles = forward_tiles(H, q_BTNH.dtype, _target())
-    grid = (triton.cdiv(T * (N // K), tiles["BLOCK_M"]), B * K)
-    _forward_kernel[grid](
-        *(x.contiguous() for x in inputs), out_BTNH, lse_BTN, T, S, **_shape(K, N // K, H), **tiles
-    )
-    return out_BTNH, lse_BTN
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, first_BT: Tensor, last_BT: Tensor
+    ) -> Tensor:
+        B, T, N, H = q_BTNH.shape
+        S, K = k_BSKH.shape[1:3]
+        inputs = [x.contiguous() for x in (q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT)]
+        out_BTNH = q_BTNH.new_empty((B, T, N, H))
+        lse_BTN = q_BTNH.new_empty((B, T, N), dtype=torch.float32)
+        tiles = tiles_of("forward", H, q_BTNH.dtype, _target())
+        grid = (triton.cdiv(T * (N // K), tiles["BLOCK_M"]), B * K)
+        _forward_kernel[grid](*inputs, out_BTNH, lse_BTN, T, S, **_shape(K, N // K, H), **tiles)
+        ctx.save_for_backward(*inputs, out_BTNH, lse_BTN)
+        return out_BTNH
 
+    @staticmethod
+    def backward(ctx, dout_BTNH: Tensor) -> tuple[Tensor | None, ...]:
+        q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, out_BTNH, lse_BTN = ctx.saved_tensors
+        inputs = (q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT)
+        dout_BTNH = dout_BTNH.contiguous()
+        B, T, N, H = q_BTNH.shape
+        S, K = k_BSKH.shape[1:3]
+        G, dtype = N // K, q_BTNH.dtype
 
-@_forward.register_fake
-def _(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, first_BT: Tensor, last_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    lse_BTN = q_BTNH.new_empty(q_BTNH.shape[:3], dtype=torch.float32)
-    return q_BTNH.new_empty(q_BTNH.shape), lse_BTN
+        dq_BTNH, delta_BTN = q_BTNH.new_empty((B, T, N, H)), lse_BTN.new_empty((B, T, N))
+        tiles = tiles_of("dq", H, dtype, _target())
+        grid = (triton.cdiv(T * G, tiles["BLOCK_M"]), B * K)
+        _dq_kernel[grid](
+            *inputs,
+            out_BTNH,
+            lse_BTN,
+            dout_BTNH,
+            delta_BTN,
+            dq_BTNH,
+            T,
+            S,
+            **_shape(K, G, H),
+            **tiles,
+        )
 
-
-@torch.library.custom_op("aerie::attention_backward", mutates_args=())
-def _backward(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    first_BT: Tensor,
-    last_BT: Tensor,
-    out_BTNH: Tensor,
-    lse_BTN: Tensor,
-    dout_BTNH: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G, dtype = N // K, q_BTNH.dtype
-    inputs = (q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, dout_BTNH)
-    q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT, dout_BTNH = (x.contiguous() for x in inputs)
-
-    dq_BTNH, delta_BTN = q_BTNH.new_empty(q_BTNH.shape), torch.empty_like(lse_BTN)
-    tiles = dq_tiles(H, dtype, _target())
-    _dq_kernel[(triton.cdiv(T * G, tiles["BLOCK_M"]), B * K)](
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        first_BT,
-        last_BT,
-        out_BTNH,
-        lse_BTN,
-        dout_BTNH,
-        delta_BTN,
-        dq_BTNH,
-        T,
-        S,
-        **_shape(K, G, H),
-        **tiles,
-    )
-
-    tiles = dkv_tiles(H, dtype, _target())
-    num_blocks = triton.cdiv(S, tiles["BLOCK_N"])
-    parts = num_parts(G, num_blocks * B * K)
-    shape = (parts, B, S, K, H)
-    dk_PBSKH, dv_PBSKH = (
-        q_BTNH.new_empty(shape, dtype=dtype if parts == 1 else torch.float32) for _ in range(2)
-    )
-    _dkv_kernel[(num_blocks, B * K * parts)](
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        first_BT,
-        last_BT,
-        seen_by(first_BT, last_BT, S, tiles["BLOCK_N"]),
-        lse_BTN,
-        dout_BTNH,
-        delta_BTN,
-        dk_PBSKH,
-        dv_PBSKH,
-        T,
-        S,
-        **_shape(K, G // parts, H),
-        PARTS=parts,
-        **tiles,
-    )
-    if parts == 1:
-        return dq_BTNH, dk_PBSKH[0], dv_PBSKH[0]
-    return dq_BTNH, dk_PBSKH.sum(0).to(dtype), dv_PBSKH.sum(0).to(dtype)
-
-
-@_backward.register_fake
-def _(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q_BTNH, k_BSKH, v_BSKH))
-
-
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-_forward.register_autograd(
-    lambda ctx, dout, _: (*_backward(*ctx.saved_tensors, dout), None, None), setup_context=_save
-)
+        tiles = tiles_of("dkv", H, dtype, _target())
+        num_blocks = triton.cdiv(S, tiles["BLOCK_N"])
+        P = num_parts(G, num_blocks * B * K)
+        dk_PBSKH, dv_PBSKH = (
+            q_BTNH.new_empty((P, B, S, K, H), dtype=dtype if P == 1 else torch.float32)
+            for _ in range(2)
+        )
+        _dkv_kernel[(num_blocks, B * K * P)](
+            *inputs,
+            seen_by(first_BT, last_BT, S, tiles["BLOCK_N"]),
+            lse_BTN,
+            dout_BTNH,
+            delta_BTN,
+            dk_PBSKH,
+            dv_PBSKH,
+            T,
+            S,
+            **_shape(K, G // P, H),
+            PARTS=P,
+            **tiles,
+        )
+        dk_BSKH, dv_BSKH = (
+            x_PBSKH[0] if P == 1 else x_PBSKH.sum(0).to(dtype) for x_PBSKH in (dk_PBSKH, dv_PBSKH)
+        )
+        return dq_BTNH, dk_BSKH, dv_BSKH, None, None
 
 
 def seen_by(first_BT: Tensor, last_BT: Tensor, num_keys: int, block: int) -> Tensor:
@@ -289,28 +294,24 @@ def _shape(K: int, G: int, H: int) -> dict[str, int]:
     return {"K": K, "G": G, "H": H, "BLOCK_H": max(triton.next_power_of_2(H), 16)}
 
 
+def tiles_of(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
+    width = 128 if head_dim <= 128 else MAX_HEAD_DIM
+    family = "hip" if target.startswith("hip") else target
+    if dtype == torch.float32:
+        family = "float32 hip" if family == "hip" else "float32"
+    elif family not in TILES:
+        family = "cuda80"  # of the least shared memory, and of no instruction that others lack
+    rows, keys, num_warps, num_stages = TILES[family][kernel, width]
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": num_warps, "num_stages": num_stages}
+
+
+@torch.compiler.assume_constant_result
 def _target() -> str:
-    """cuda80, cuda90, hipgfx942, ...; the interpreter, where no device is, does as an H100."""
-    if triton.knobs.runtime.interpret:
+    """cuda80, cuda90, hipgfx942, ...; the interpreter, which has no device, does as an H100."""
+    if is_interpreting():
         return "cuda90"
     target = triton.runtime.driver.active.get_current_target()
     return f"{target.backend}{target.arch}"
-
-
-def forward_tiles(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
-    return _tiles(128, 64, 8, 2)
-
-
-def dq_tiles(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
-    return _tiles(128, 64, 8, 2)
-
-
-def dkv_tiles(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
-    return _tiles(64, 128, 8, 2)
-
-
-def _tiles(rows: int, keys: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": num_warps, "num_stages": num_stages}
 
 
 @triton.jit(do_not_specialize=["T", "S"])

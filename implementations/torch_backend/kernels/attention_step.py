@@ -19,11 +19,10 @@ from implementations.engine import Unsupported
 from implementations.torch_backend.kernels.attention import LOG2_E, attention
 from implementations.torch_backend.kernels.rope import float32_rates, rope, rotation
 
-# A block of 64 slots of 128 channels in bfloat16 is 16 KiB of keys and 16 of values, in flight at
-# once; two programs on each of 132 multiprocessors (H100) then keep 8 MiB of loads in flight.
-BLOCK_S = 64
+# Two programs on each of 132 multiprocessors (H100), with 2 stages of 32 KiB of keys and values in
+# flight in each, ask for more than its memory's latency times bandwidth.
 ENOUGH_PROGRAMS = 264
-NUM_WARPS = 4
+MIN_PART = 64  # slots: 64 of 128 channels in bfloat16 are such a stage
 NUM_STAGES = 2
 PARTS_AT_ONCE = 16  # of one head, when they are put together
 
@@ -74,7 +73,7 @@ def _plain(
     num_slots, position_BT = k_BSKH.shape[1], position_B[:, None]
     q_BTNH = rope(q_BNH[:, None], position_BT, rope_dim, base, "plain")
     k_BTKH = rope(k_BKH[:, None], position_BT, rope_dim, base, "plain")
-    slot = position_B[:1] % num_slots
+    slot = position_B[:1].long() % num_slots
     k_BSKH.index_copy_(1, slot, k_BTKH)
     v_BSKH.index_copy_(1, slot, v_BKH[:, None])
     last_BT = position_BT.clamp(max=num_slots - 1)
@@ -98,33 +97,21 @@ def _triton(
         )
     if not (k_BSKH.is_contiguous() and v_BSKH.is_contiguous()):
         raise ValueError("attention_step writes into the slots: they must be contiguous.")
-    new = (x.to(dtype) for x in (q_BNH, k_BKH, v_BKH))
-    return _step(*new, position_B, k_BSKH, v_BSKH, rope_dim, base)
-
-
-@torch.library.custom_op("aerie::attention_step", mutates_args=("k_BSKH", "v_BSKH"))
-def _step(
-    q_BNH: Tensor,
-    k_BKH: Tensor,
-    v_BKH: Tensor,
-    position_B: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    rope_dim: int,
-    base: float,
-) -> Tensor:
     B, N, H = q_BNH.shape
     S, K = k_BSKH.shape[1:3]
     part_len, num_parts = parts_of(S, B * K)
-    out_BNH = q_BNH.new_empty((B, N, H))
+    BLOCK_H = max(triton.next_power_of_2(H), 16)
+    out_BNH = q_BNH.new_empty((B, N, H), dtype=dtype)
     float32 = {"dtype": torch.float32, "device": q_BNH.device}
     sum_BNPH = torch.empty((B, N, num_parts, H), **float32)
     top_BNP, total_BNP = (torch.empty((B, N, num_parts), **float32) for _ in range(2))
     half = rope_dim // 2
-    rate_H = float32_rates(max(half, 1), base, torch.float32, q_BNH.device)
-    BLOCK_H = max(triton.next_power_of_2(H), 16)
+    rate_H = float32_rates(max(half, 1), base, q_BNH.device)
+    inputs = [x.to(dtype).contiguous() for x in (q_BNH, k_BKH, v_BKH)]
+    position_B = position_B.contiguous()
     _part_kernel[(num_parts, B * K)](
-        *(x.contiguous() for x in (q_BNH, k_BKH, v_BKH, position_B)),
+        *inputs,
+        position_B,
         rate_H,
         k_BSKH,
         v_BSKH,
@@ -139,12 +126,10 @@ def _step(
         HALF=half,
         BLOCK_G=max(triton.next_power_of_2(N // K), 16),  # rows of a matrix instruction
         BLOCK_H=BLOCK_H,
-        BLOCK_S=BLOCK_S,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        **blocks(BLOCK_H, dtype),
     )
     _combine_kernel[(B * N,)](
-        position_B.contiguous(),
+        position_B,
         sum_BNPH,
         top_BNP,
         total_BNP,
@@ -156,22 +141,23 @@ def _step(
         H=H,
         BLOCK_H=BLOCK_H,
         BLOCK_P=PARTS_AT_ONCE,
-        num_warps=NUM_WARPS,
     )
     return out_BNH
 
 
-@_step.register_fake
-def _(q_BNH: Tensor, *_) -> Tensor:
-    return q_BNH.new_empty(q_BNH.shape)
-
-
 def parts_of(num_slots: int, num_rows: int) -> tuple[int, int]:
     """(slots of a part, parts): the longest parts, by doubling, that make enough programs."""
-    part_len = BLOCK_S
+    part_len = MIN_PART
     while num_rows * triton.cdiv(num_slots, 2 * part_len) >= ENOUGH_PROGRAMS:
         part_len *= 2
     return part_len, triton.cdiv(num_slots, part_len)
+
+
+def blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of as many slots as compile without a spill: products of float32 take many registers."""
+    if dtype == torch.float32:
+        return {"BLOCK_S": 16, "num_warps": 8, "num_stages": NUM_STAGES}
+    return {"BLOCK_S": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": NUM_STAGES}
 
 
 @triton.jit(do_not_specialize=["S", "part_len"])

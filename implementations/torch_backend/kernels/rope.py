@@ -20,6 +20,7 @@ from implementations.engine import Unsupported
 PAIRS = 2048
 NUM_WARPS = 4
 HALF_PI = tl.constexpr(1.5707963267948966)
+PER_HALF_PI = tl.constexpr(0.6366197723675814)
 
 
 def rope(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float, variant: str) -> Tensor:
@@ -42,8 +43,10 @@ def rates(half: int, base: float, dtype: torch.dtype, device: torch.device) -> T
     return 1 / base**exponent
 
 
-# A launch costs more than the rates; only kernels call this, with no fake tensors about.
-float32_rates = cache(rates)
+@cache  # the launches that make the rates cost more than a kernel that reads them
+def float32_rates(half: int, base: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return rates(half, base, torch.float32, device)
 
 
 def _plain(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float) -> Tensor:
@@ -60,22 +63,35 @@ def _plain(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float) -> T
 def _triton(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float) -> Tensor:
     if x_BTNH.dtype == torch.float64:
         raise Unsupported("kernels.layers=triton computes in float32, not in float64.")
-    return _turn(x_BTNH, position_BT, rope_dim, base, is_back=False)
+    return _Rope.apply(x_BTNH, position_BT, rope_dim, base)
 
 
-@torch.library.custom_op("aerie::rope", mutates_args=())
-def _turn(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float, is_back: bool) -> Tensor:
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float) -> Tensor:
+        ctx.save_for_backward(position_BT)
+        ctx.rotation = rope_dim, base
+        return _turned(x_BTNH, position_BT, rope_dim, base, is_back=False)
+
+    @staticmethod
+    def backward(ctx, dy_BTNH: Tensor) -> tuple[Tensor | None, ...]:
+        [position_BT] = ctx.saved_tensors
+        return _turned(dy_BTNH, position_BT, *ctx.rotation, is_back=True), None, None, None
+
+
+def _turned(
+    x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float, is_back: bool
+) -> Tensor:
     B, T, N, H = x_BTNH.shape
     x_BTNH, position_BT = x_BTNH.contiguous(), position_BT.contiguous()
     y_BTNH = torch.empty_like(x_BTNH)
     half = rope_dim // 2
     blocks = _blocks(N, H, half)
     grid = (triton.cdiv(T, blocks["BLOCK_T"]), triton.cdiv(N, blocks["BLOCK_N"]), B)
-    rate_H = float32_rates(half, base, torch.float32, x_BTNH.device)
     _rope_kernel[grid](
         x_BTNH,
         position_BT,
-        rate_H,
+        float32_rates(half, base, x_BTNH.device),
         y_BTNH,
         T,
         N=N,
@@ -86,25 +102,6 @@ def _turn(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float, is_ba
         num_warps=NUM_WARPS,
     )
     return y_BTNH
-
-
-@_turn.register_fake
-def _(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float, is_back: bool) -> Tensor:
-    return torch.empty_like(x_BTNH, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    _, position_BT, ctx.rope_dim, ctx.base, ctx.is_back = inputs
-    ctx.save_for_backward(position_BT)
-
-
-def _turn_back(ctx, dy_BTNH: Tensor) -> tuple:
-    [position_BT] = ctx.saved_tensors
-    dx_BTNH = _turn(dy_BTNH, position_BT, ctx.rope_dim, ctx.base, is_back=not ctx.is_back)
-    return dx_BTNH, None, None, None, None
-
-
-_turn.register_autograd(_turn_back, setup_context=_save)
 
 
 def _blocks(N: int, H: int, half: int) -> dict[str, int]:
@@ -176,7 +173,7 @@ def rotation(position, rate):
     Taylor's series does the rest. The device's own cosine is approximate, or needs a stack.
     """
     angle = (position.to(tl.float32) * rate).to(tl.float64)
-    quarters = tl.floor(angle / HALF_PI + 0.5)
+    quarters = tl.floor(angle * PER_HALF_PI + 0.5)
     x = (angle - quarters * HALF_PI).to(tl.float32)  # within pi / 4
     z = x * x
     sin = x + x * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
