@@ -39,7 +39,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kernels, name) for name in config.layer_mixers)
-        self.variant = kernels.get("layers", "plain")
+        self.variant = kernels["layers"]
         self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps, self.variant)
         self.config, self.dtype = config, dtype
 
@@ -93,7 +93,7 @@ class Model(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, kernels: dict[str, str], name: str):
         super().__init__()
-        variant = kernels.get("layers", "plain")
+        variant = kernels["layers"]
         self.mixer_norm = RMSNorm(config.d_model, config.rms_norm_eps, variant)
         self.mixer = load_mixer(name).Mixer(config, kernels)
         self.mlp_norm = AddRMSNorm(config.d_model, config.rms_norm_eps, variant)

@@ -18,6 +18,7 @@ from implementations.torch_backend.kernels.cross_entropy import cross_entropy as
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
 from implementations.torch_backend.kernels.rg_lru import bounded_sqrt as root
+from implementations.torch_backend.kernels.rope import rope as turn
 from implementations.torch_backend.mixers import mqa, rg_lru
 
 
@@ -28,7 +29,7 @@ class Settings(NamedTuple):
 
     @property
     def layers(self) -> str:
-        return self.kernels.get("layers", "plain")
+        return self.kernels["layers"]
 
 
 def embed(s: Settings, params: dict, tokens_BT: Tensor) -> tuple:
@@ -78,7 +79,8 @@ def recurrence(
 
 
 def rope(s: Settings, params: dict, x_BTNH: Tensor, position_BT: Tensor) -> tuple:
-    return (mqa.rope(x_BTNH, *mqa.rope_angles(x_BTNH, position_BT, s.config)),)
+    rotation = (s.config.rope_dim, s.config.rope_base)
+    return (turn(x_BTNH, position_BT, *rotation, s.layers),)
 
 
 def attention(

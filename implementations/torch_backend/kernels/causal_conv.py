@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from implementations.config import choose
 from implementations.engine import Unsupported
+from implementations.torch_backend.kernels.rms_norm import check
 
 MAX_WIDTH = 8  # the backward pass holds one sum a tap in registers
 # 32 positions by 64 channels in 4 warps: a row of a tile is 128 bytes of bfloat16, a thread has two
@@ -55,7 +55,7 @@ def causal_conv(
             f"causal_conv with {width} taps needs a state {(B, width - 1, R)}, "
             f"got {tuple(conv_BWR.shape)}."
         )
-    compute = VARIANTS[choose("layers", variant, VARIANTS, "kernels")]
+    compute = VARIANTS[check(variant)]
     return compute(x_BTR, weight_WR, bias_R, position_BT, conv_BWR)
 
 

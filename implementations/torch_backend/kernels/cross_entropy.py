@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from implementations.config import choose
 from implementations.engine import IGNORED, Unsupported
 
 # A chunk's logits fit the L2 cache of a recent GPU (50 MB and more), but it is never of fewer
@@ -50,7 +49,7 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, variant: str) -> Tenso
             f"targets {tuple(targets_BT.shape)}."
         )
     compute = {"plain": _plain_rows, "triton": _triton_rows}
-    return compute[choose("layers", variant, VARIANTS, "kernels")](logits_BTV, targets_BT)
+    return compute[check(variant)](logits_BTV, targets_BT)
 
 
 def mean_cross_entropy(
@@ -67,7 +66,7 @@ def mean_cross_entropy(
             f"{tuple(x_BTD.shape)}, weight {tuple(weight_VD.shape)}, targets "
             f"{tuple(targets_BT.shape)}."
         )
-    compute = VARIANTS[choose("layers", variant, VARIANTS, "kernels")]
+    compute = VARIANTS[check(variant)]
     return compute(x_BTD, weight_VD, targets_BT, soft_cap)
 
 

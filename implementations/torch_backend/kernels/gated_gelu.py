@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from implementations.config import choose
 from implementations.engine import Unsupported
+from implementations.torch_backend.kernels.rms_norm import check
 
 # Elements of a program of 4 warps: 16 a thread are two 16-byte loads of bfloat16 an operand. There
 # is no loop to pipeline; other programs on the processor hide the latency.
@@ -30,7 +30,7 @@ def gated_gelu(gate: Tensor, up: Tensor, variant: str) -> Tensor:
             f"gated_gelu needs gate and up of one shape and dtype; got {gate.dtype} "
             f"{tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}."
         )
-    return VARIANTS[choose("layers", variant, VARIANTS, "kernels")](gate, up)
+    return VARIANTS[check(variant)](gate, up)
 
 
 def _plain(gate: Tensor, up: Tensor) -> Tensor:

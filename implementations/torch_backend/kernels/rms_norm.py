@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from implementations.config import choose
 from implementations.engine import Unsupported
 
 # Elements of a tile: 16 a thread are two 16-byte loads of bfloat16 an operand, enough in flight for
@@ -34,7 +33,7 @@ PROGRAMS_A_PROCESSOR = 4
 def rms_norm(x_BTD: Tensor, scale_D: Tensor, eps: float, variant: str) -> Tensor:
     """In x's dtype; computed in float32 (plain: float64 in float64)."""
     _check(x_BTD, scale_D)
-    return VARIANTS[choose("layers", variant, VARIANTS, "kernels")](x_BTD, None, scale_D, eps)[1]
+    return VARIANTS[check(variant)](x_BTD, None, scale_D, eps)[1]
 
 
 def add_rms_norm(
@@ -47,7 +46,7 @@ def add_rms_norm(
             f"add_rms_norm needs x and branch of one shape and dtype; got {x_BTD.dtype} "
             f"{tuple(x_BTD.shape)} and {branch_BTD.dtype} {tuple(branch_BTD.shape)}."
         )
-    return VARIANTS[choose("layers", variant, VARIANTS, "kernels")](x_BTD, branch_BTD, scale_D, eps)
+    return VARIANTS[check(variant)](x_BTD, branch_BTD, scale_D, eps)
 
 
 def _check(x_BTD: Tensor, scale_D: Tensor) -> None:
@@ -56,6 +55,16 @@ def _check(x_BTD: Tensor, scale_D: Tensor) -> None:
             f"rms_norm needs one scale a channel; got x {tuple(x_BTD.shape)} and scale "
             f"{tuple(scale_D.shape)}."
         )
+
+
+def check(variant: str) -> str:
+    """The variant of kernels.layers, when this backend has it; else Unsupported."""
+    if variant not in VARIANTS:
+        raise Unsupported(
+            f"kernels.layers={variant} is not offered by the torch backend; "
+            f"offered: {', '.join(VARIANTS)}."
+        )
+    return variant
 
 
 def _plain(

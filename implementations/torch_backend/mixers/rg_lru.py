@@ -37,7 +37,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.linear_y = Linear(config.d_model, config.d_rnn, config.biases)
         self.linear_x = Linear(config.d_model, config.d_rnn, config.biases)
-        self.variant = kernels.get("layers", "plain")
+        self.variant = kernels["layers"]
         self.conv_1d = CausalConv(config.conv_width, config.d_rnn, config.biases, self.variant)
         self.rg_lru = RGLRU(config, kernels)
         self.linear_out = Linear(config.d_rnn, config.d_model, config.biases)
