@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.engine import IGNORED, Unsupported
+from implementations.torch_backend.kernels.rms_norm import check
 
 # A chunk's logits fit the L2 cache of a recent GPU (50 MB and more), but it is never of fewer
 # tokens than make the float32 sum of the embedding's gradient a small part: each chunk reads and
