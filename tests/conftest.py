@@ -1,10 +1,13 @@
-"""What several tests share: the tiny model of every family, and JAX kept on the CPU."""
+"""What several tests share: the tiny model of every family, JAX kept on the CPU, and the worker
+that interprets kernels."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from dataclasses import replace
+
+from interpreted import interpreted  # noqa: F401, a fixture
 
 from implementations.config import ModelConfig
 
