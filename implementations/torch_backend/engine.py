@@ -27,7 +27,7 @@ from implementations.ops import OPS
 from implementations.torch_backend import model, ops
 from implementations.torch_backend.activations import watched
 from implementations.torch_backend.kernels import attention, linear_scan
-from implementations.torch_backend.layers import cross_entropy, exact
+from implementations.torch_backend.layers import exact
 from implementations.torch_backend.optimizer import adamw, clip_by_global_norm, learning_rate
 
 MAX_PROGRAMS = 256  # of one function: shapes that one process may compile
@@ -187,9 +187,7 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         with torch.inference_mode():
-            tokens_BT, targets_BT, position_BT = self._put(batch)
-            logits_BTV = self._compute_model.logits(tokens_BT, position_BT)
-            return cross_entropy(logits_BTV, targets_BT).float().cpu().numpy()
+            return self._compute_model.evaluate(*self._put(batch)).float().cpu().numpy()
 
     def start_training(
         self, optimizer: OptimizerConfig, *, activation_checkpointing: bool = False

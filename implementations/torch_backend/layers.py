@@ -2,6 +2,7 @@
 
 Twin: implementations/jax_backend/layers.py.  Truth: implementations/reference.py.
 A weight is cast to the dtype of its input where it is used, so that training keeps float32 ones.
+`variant` is that of kernels.layers: which code computes the layers that are no matrix product.
 """
 
 import torch
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from implementations.config import ModelConfig
-from implementations.engine import IGNORED
+from implementations.torch_backend.kernels import cross_entropy
+from implementations.torch_backend.kernels.causal_conv import causal_conv
+from implementations.torch_backend.kernels.gated_gelu import gated_gelu
+from implementations.torch_backend.kernels.rms_norm import add_rms_norm, rms_norm
 
 # MKL computes a product with so few rows (decoding) on one thread; its transpose it shares.
 # Measured on 2 cores, 4 x 256 by 256 x 768: 82 and 34 us.
@@ -37,15 +41,21 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + scale), in float32 (float64 in float64)."""
 
-    def __init__(self, d_model: int, eps: float):
+    def __init__(self, d_model: int, eps: float, variant: str = "plain"):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(d_model))
-        self.eps = eps
+        self.eps, self.variant = eps, variant
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = exact(x)
-        rms_inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
-        return (wide * rms_inverse * (1 + exact(cast(self.scale, x)))).to(x.dtype)
+        return rms_norm(x, self.scale, self.eps, self.variant)
+
+
+class AddRMSNorm(RMSNorm):
+    """The norm of x + branch, and that sum: the norm first, as it is what the layer gives."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        x, normed = add_rms_norm(x, branch, self.scale, self.eps, self.variant)
+        return normed, x
 
 
 class CausalConv(nn.Module):
@@ -54,34 +64,17 @@ class CausalConv(nn.Module):
     Inputs from before the document count as 0.
     """
 
-    def __init__(self, conv_width: int, d_rnn: int, has_bias: bool):
+    def __init__(self, conv_width: int, d_rnn: int, has_bias: bool, variant: str = "plain"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(conv_width, d_rnn))
         self.bias = nn.Parameter(torch.empty(d_rnn)) if has_bias else None
+        self.variant = variant
 
     def forward(
         self, x_BTR: Tensor, position_BT: Tensor, conv_BWR: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """conv_BWR: the W - 1 inputs before x, None for zeros; returned anew, after x."""
-        B, T, R = x_BTR.shape
-        weight_WR = cast(self.weight, x_BTR)
-        past = weight_WR.shape[0] - 1
-        if conv_BWR is None:
-            conv_BWR = x_BTR.new_zeros(B, past, R)
-        inputs_BSR = torch.cat([conv_BWR, x_BTR], 1)
-        if T == 1:  # the state holds no input from before the document
-            out_BTR = (inputs_BSR * weight_WR).sum(1, keepdim=True)
-            out_BTR = out_BTR if self.bias is None else out_BTR + cast(self.bias, x_BTR)
-            return out_BTR, inputs_BSR[:, 1:].clone()
-        taps = weight_WR.unbind(0)
-        out_BTR = x_BTR * taps[past]
-        if self.bias is not None:
-            out_BTR = out_BTR + cast(self.bias, x_BTR)
-        for offset in range(1, past + 1):
-            seen_BT1 = (position_BT >= offset)[:, :, None]
-            shifted_BTR = inputs_BSR[:, past - offset : past - offset + T]
-            out_BTR = torch.addcmul(out_BTR, shifted_BTR * seen_BT1, taps[past - offset])
-        return out_BTR, inputs_BSR[:, T:].clone()
+        return causal_conv(x_BTR, self.weight, self.bias, position_BT, conv_BWR, self.variant)
 
 
 class BlockDiagonal(nn.Module):
@@ -104,14 +97,16 @@ class BlockDiagonal(nn.Module):
 class MLP(nn.Module):
     """linear_down(gelu(linear_gate(x)) * linear_up(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, variant: str = "plain"):
         super().__init__()
         self.linear_gate = Linear(config.d_model, config.d_mlp, config.biases)
         self.linear_up = Linear(config.d_model, config.d_mlp, config.biases)
         self.linear_down = Linear(config.d_mlp, config.d_model, config.biases)
+        self.variant = variant
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.linear_down(gelu(self.linear_gate(x_BTD)) * self.linear_up(x_BTD))
+        gate_BTF, up_BTF = self.linear_gate(x_BTD), self.linear_up(x_BTD)
+        return self.linear_down(gated_gelu(gate_BTF, up_BTF, self.variant))
 
 
 class Embedding(nn.Module):
@@ -127,24 +122,7 @@ class Embedding(nn.Module):
 
     def unembed(self, x_BTD: Tensor, soft_cap: float | None) -> Tensor:
         """Logits, float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""
-        logits_BTV = F.linear(exact(x_BTD), exact(cast(self.weight, x_BTD)))
-        return logits_BTV if soft_cap is None else soft_cap * torch.tanh(logits_BTV / soft_cap)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log likelihood of each target, nats; 0 where IGNORED."""
-    nll = F.cross_entropy(
-        logits_BTV.flatten(0, 1),
-        targets_BT.flatten().long(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
-    return nll.view(targets_BT.shape)
+        return cross_entropy.unembed(x_BTD, self.weight, soft_cap)
 
 
 def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from implementations.config import ModelConfig
-from implementations.engine import IGNORED
-from implementations.torch_backend.layers import MLP, Embedding, RMSNorm, cross_entropy
+from implementations.torch_backend.kernels.cross_entropy import cross_entropy, mean_cross_entropy
+from implementations.torch_backend.layers import MLP, AddRMSNorm, Embedding, RMSNorm
 
 
 def load_mixer(name: str) -> ModuleType:
@@ -39,7 +39,8 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kernels, name) for name in config.layer_mixers)
-        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.variant = kernels.get("layers", "plain")
+        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps, self.variant)
         self.config, self.dtype = config, dtype
 
     def forward(
@@ -70,6 +71,10 @@ class Model(nn.Module):
         x_BTD, _ = self.forward(tokens_BT, position_BT, None)
         return self.unembed(x_BTD)
 
+    def evaluate(self, tokens_BT: Tensor, targets_BT: Tensor, position_BT: Tensor) -> Tensor:
+        """Negative log likelihood of each target, [B, T], nats; 0 where IGNORED."""
+        return cross_entropy(self.logits(tokens_BT, position_BT), targets_BT, self.variant)
+
     def loss(
         self,
         tokens_BT: Tensor,
@@ -81,21 +86,22 @@ class Model(nn.Module):
         x_BTD, _ = self.forward(
             tokens_BT, position_BT, None, activation_checkpointing=activation_checkpointing
         )
-        nll_BT = cross_entropy(self.unembed(x_BTD), targets_BT)
-        return nll_BT.sum() / (targets_BT != IGNORED).sum().clamp(min=1)
+        weight_VD, soft_cap = self.embedding.weight, self.config.logit_soft_cap
+        return mean_cross_entropy(x_BTD, weight_VD, targets_BT, soft_cap, self.variant)
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, kernels: dict[str, str], name: str):
         super().__init__()
-        self.mixer_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        variant = kernels.get("layers", "plain")
+        self.mixer_norm = RMSNorm(config.d_model, config.rms_norm_eps, variant)
         self.mixer = load_mixer(name).Mixer(config, kernels)
-        self.mlp_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp_norm = AddRMSNorm(config.d_model, config.rms_norm_eps, variant)
+        self.mlp = MLP(config, variant)
 
     def forward(
         self, x_BTD: Tensor, position_BT: Tensor, state: tuple | None
     ) -> tuple[Tensor, tuple | None]:
         mixed_BTD, state = self.mixer(self.mixer_norm(x_BTD), position_BT, state)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
+        normed_BTD, x_BTD = self.mlp_norm(x_BTD, mixed_BTD)
+        return x_BTD + self.mlp(normed_BTD), state

@@ -14,6 +14,8 @@ from implementations.mixers import MIXERS
 from implementations.ops import OPS as TRUTH
 from implementations.ops import chunks_of
 from implementations.torch_backend import layers, model
+from implementations.torch_backend.kernels.cross_entropy import cross_entropy as nll_of
+from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
 from implementations.torch_backend.mixers import mqa, rg_lru
 
@@ -23,6 +25,10 @@ class Settings(NamedTuple):
     kernels: dict[str, str]
     dtype: torch.dtype
 
+    @property
+    def layers(self) -> str:
+        return self.kernels.get("layers", "plain")
+
 
 def embed(s: Settings, params: dict, tokens_BT: Tensor) -> tuple:
     module = loaded(layers.Embedding(*params["weight"].shape), params)
@@ -30,8 +36,8 @@ def embed(s: Settings, params: dict, tokens_BT: Tensor) -> tuple:
 
 
 def rms_norm(s: Settings, params: dict, x_BTD: Tensor) -> tuple:
-    module = loaded(layers.RMSNorm(x_BTD.shape[-1], s.config.rms_norm_eps), params)
-    return (module(x_BTD),)
+    module = layers.RMSNorm(x_BTD.shape[-1], s.config.rms_norm_eps, s.layers)
+    return (loaded(module, params)(x_BTD),)
 
 
 def linear(s: Settings, params: dict, x: Tensor) -> tuple:
@@ -39,14 +45,15 @@ def linear(s: Settings, params: dict, x: Tensor) -> tuple:
 
 
 def gelu(s: Settings, params: dict, x: Tensor) -> tuple:
-    return (layers.gelu(x),)
+    """Of a product with ones: the kernel alone."""
+    return (gated_gelu(x, torch.ones_like(x), s.layers),)
 
 
 def causal_conv(
     s: Settings, params: dict, x_BTR: Tensor, position_BT: Tensor, conv_BWR: Tensor
 ) -> tuple:
-    module = loaded(layers.CausalConv(*params["weight"].shape, "bias" in params), params)
-    return module(x_BTR, position_BT, conv_BWR)
+    module = layers.CausalConv(*params["weight"].shape, "bias" in params, s.layers)
+    return loaded(module, params)(x_BTR, position_BT, conv_BWR)
 
 
 def block_diagonal(s: Settings, params: dict, x_BTR: Tensor) -> tuple:
@@ -85,11 +92,11 @@ def unembed(s: Settings, params: dict, x_BTD: Tensor) -> tuple:
 
 
 def cross_entropy(s: Settings, params: dict, logits_BTV: Tensor, targets_BT: Tensor) -> tuple:
-    return (layers.cross_entropy(logits_BTV, targets_BT),)
+    return (nll_of(logits_BTV, targets_BT, s.layers),)
 
 
 def mlp(s: Settings, params: dict, x: Tensor) -> tuple:
-    return (loaded(layers.MLP(s.config), params)(x),)
+    return (loaded(layers.MLP(s.config, s.layers), params)(x),)
 
 
 def mixer(name: str, s: Settings, params: dict, x_BTD: Tensor, position_BT: Tensor) -> tuple:

@@ -273,16 +273,16 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_norm_without_one",
-        f"{TORCH}.layers",
-        "(1 + exact(cast(self.scale, x)))",
-        "exact(cast(self.scale, x))",
+        f"{TORCH}.kernels.rms_norm",
+        "rms_inverse * (1 + scale_D)",
+        "rms_inverse * scale_D",
         "L1",
     ),
     Defect(
         "torch_conv_reversed",
-        f"{TORCH}.layers",
-        "weight_WR = cast(self.weight, x_BTR)",
-        "weight_WR = cast(self.weight, x_BTR).flip(0)",
+        f"{TORCH}.kernels.causal_conv",
+        "weight_WR = weight_WR.to(x_BTR.dtype)",
+        "weight_WR = weight_WR.to(x_BTR.dtype).flip(0)",
         "L1",
     ),
     Defect(
@@ -294,9 +294,9 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_tied_embedding_scaled",
-        f"{TORCH}.layers",
-        "F.linear(exact(x_BTD), ",
-        "F.linear(exact(x_BTD) * x_BTD.shape[-1] ** -0.5, ",
+        f"{TORCH}.kernels.cross_entropy",
+        "F.linear(x.to(wide), ",
+        "F.linear(x.to(wide) * x.shape[-1] ** -0.5, ",
         "L1",
     ),
     Defect(
@@ -364,14 +364,14 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_residual_detached",
-        f"{TORCH}.model",
-        "x_BTD + mixed_BTD",
-        "x_BTD.detach() + mixed_BTD",
+        f"{TORCH}.kernels.rms_norm",
+        "x_BTD + branch_BTD",
+        "x_BTD.detach() + branch_BTD",
         "L3",
     ),
     Defect(
         "torch_decode_keeps_old_conv_state",
-        f"{TORCH}.layers",
+        f"{TORCH}.kernels.causal_conv",
         "inputs_BSR[:, 1:].clone()",
         "conv_BWR.clone()",
         "L1",
@@ -400,8 +400,8 @@ TORCH_DEFECTS = (
     Defect(
         "torch_targets_shifted_twice",
         f"{TORCH}.model",
-        "cross_entropy(self.unembed(x_BTD), targets_BT)",
-        "cross_entropy(self.unembed(x_BTD)[:, :-1], targets_BT[:, 1:])",
+        "mean_cross_entropy(x_BTD, weight_VD, targets_BT, soft_cap, self.variant)",
+        "mean_cross_entropy(x_BTD[:, :-1], weight_VD, targets_BT[:, 1:], soft_cap, self.variant)",
         "L4",
     ),
     Defect(

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from implementations.config import ModelConfig
+from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
-from implementations.torch_backend.layers import BlockDiagonal, CausalConv, Linear, exact, gelu
+from implementations.torch_backend.layers import BlockDiagonal, CausalConv, Linear, exact
 
 DECAY = 8.0  # c of equation 3
 MAX_SQRT_GRADIENT = 1000.0
@@ -39,7 +40,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.linear_y = Linear(config.d_model, config.d_rnn, config.biases)
         self.linear_x = Linear(config.d_model, config.d_rnn, config.biases)
-        self.conv_1d = CausalConv(config.conv_width, config.d_rnn, config.biases)
+        self.variant = kernels.get("layers", "plain")
+        self.conv_1d = CausalConv(config.conv_width, config.d_rnn, config.biases, self.variant)
         self.rg_lru = RGLRU(config, kernels)
         self.linear_out = Linear(config.d_rnn, config.d_model, config.biases)
 
@@ -47,11 +49,11 @@ class Mixer(nn.Module):
         self, x_BTD: Tensor, position_BT: Tensor, state: State | None
     ) -> tuple[Tensor, State | None]:
         conv_BWR, h_BR = (None, None) if state is None else state
-        gate_BTR = gelu(self.linear_y(x_BTD))
+        gate_BTR = self.linear_y(x_BTD)
         x_BTR = self.linear_x(x_BTD)
         x_BTR, conv_BWR = self.conv_1d(x_BTR, position_BT, conv_BWR)
         h_BTR, h_BR = self.rg_lru(x_BTR, position_BT, h_BR)
-        out_BTD = self.linear_out(gate_BTR * h_BTR)
+        out_BTD = self.linear_out(gated_gelu(gate_BTR, h_BTR, self.variant))
         return out_BTD, None if state is None else State(conv_BWR, h_BR)
 
 
