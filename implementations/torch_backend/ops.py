@@ -17,6 +17,7 @@ from implementations.torch_backend import layers, model
 from implementations.torch_backend.kernels.cross_entropy import cross_entropy as nll_of
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
+from implementations.torch_backend.kernels.rope import rope as turn
 from implementations.torch_backend.mixers import mqa, rg_lru
 
 
@@ -76,7 +77,8 @@ def recurrence(
 
 
 def rope(s: Settings, params: dict, x_BTNH: Tensor, position_BT: Tensor) -> tuple:
-    return (mqa.rope(x_BTNH, *mqa.rope_angles(x_BTNH, position_BT, s.config)),)
+    rotation = (s.config.rope_dim, s.config.rope_base)
+    return (turn(x_BTNH, position_BT, *rotation, s.kernels.get("layers", "plain")),)
 
 
 def attention(

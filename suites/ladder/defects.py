@@ -315,8 +315,8 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_rope_base",
-        f"{TORCH}.mixers.mqa",
-        "1 / config.rope_base**exponent",
+        f"{TORCH}.kernels.rope",
+        "1 / base**exponent",
         "1 / 1000.0**exponent",
         "L1",
     ),

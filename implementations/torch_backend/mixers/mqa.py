@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from implementations.config import ModelConfig
-from implementations.torch_backend.kernels.attention import (
-    attention,
-    window_attention,
-    within_reach,
-)
-from implementations.torch_backend.layers import Linear, exact
+from implementations.torch_backend.kernels.attention import attention, window_attention
+from implementations.torch_backend.kernels.attention_step import attention_step
+from implementations.torch_backend.kernels.rope import rope
+from implementations.torch_backend.layers import Linear
 
 
 class State(NamedTuple):
@@ -49,19 +47,24 @@ class Mixer(nn.Module):
         self.linear_v = Linear(D, K * H, has_bias=False)
         self.linear_out = Linear(N * H, D, config.biases)
         self.config = config
-        self.variant = kernels["attention"]
+        self.variant, self.layers = kernels["attention"], kernels.get("layers", "plain")
 
     def forward(
         self, x_BTD: Tensor, position_BT: Tensor, state: State | None
     ) -> tuple[Tensor, State | None]:
         B, T, _ = x_BTD.shape
-        H = self.config.head_dim
+        H, rotation = self.config.head_dim, (self.config.rope_dim, self.config.rope_base)
         q_BTNH = self.linear_q(x_BTD).view(B, T, -1, H)
         k_BTKH = self.linear_k(x_BTD).view(B, T, -1, H)
         v_BTKH = self.linear_v(x_BTD).view(B, T, -1, H)
-        angles = rope_angles(x_BTD, position_BT, self.config)
-        q_BTNH, k_BTKH = rope(q_BTNH, *angles), rope(k_BTKH, *angles)
-        if state is None or state.is_empty:
+        is_filled = state is not None and not state.is_empty
+        if T == 1 and is_filled and self.variant == "triton":
+            heads = (q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0], position_BT[:, 0])
+            y_BNH = attention_step(*heads, state.k_BSKH, state.v_BSKH, *rotation, self.variant)
+            return self.linear_out(y_BNH.reshape(B, 1, -1)), state
+        q_BTNH = rope(q_BTNH, position_BT, *rotation, self.layers)
+        k_BTKH = rope(k_BTKH, position_BT, *rotation, self.layers)
+        if not is_filled:
             y_BTNH = attend_alone(q_BTNH, k_BTKH, v_BTKH, position_BT, self.config, self.variant)
             state = None if state is None else write(state, k_BTKH, v_BTKH, position_BT)
         else:
@@ -69,27 +72,6 @@ class Mixer(nn.Module):
                 q_BTNH, k_BTKH, v_BTKH, position_BT, state, self.config, self.variant
             )
         return self.linear_out(y_BTNH.reshape(B, T, -1)), state
-
-
-def rope_angles(x: Tensor, position_BT: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 i / rope_dim): [B, T, 1, rope_dim / 2]."""
-    dtype = exact(x[:0]).dtype
-    half = config.rope_dim // 2
-    exponent = torch.arange(half, dtype=dtype, device=x.device) / max(half, 1)
-    rate_H = 1 / config.rope_base**exponent
-    angle_BT1H = position_BT[:, :, None, None].to(dtype) * rate_H
-    return angle_BT1H.cos(), angle_BT1H.sin()
-
-
-def rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel i against channel i + rope_dim / 2."""
-    half = cos.shape[-1]
-    if not half:
-        return x_BTNH
-    first, second = exact(x_BTNH[..., :half]), exact(x_BTNH[..., half : 2 * half])
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    rotated = [part.to(x_BTNH.dtype) for part in rotated]
-    return torch.cat([*rotated, x_BTNH[..., 2 * half :]], -1)
 
 
 def attend_alone(
@@ -105,7 +87,8 @@ def attend_alone(
     reach_BT = torch.minimum(position_BT, torch.arange(T, device=position_BT.device))
     if W is not None and W < T:
         return window_attention(q_BTNH, k_BTKH, v_BTKH, reach_BT, W, variant)
-    return attention(q_BTNH, k_BTKH, v_BTKH, within_reach(reach_BT, 0, T), variant)
+    last_BT = torch.arange(T, device=position_BT.device).expand_as(position_BT)
+    return attention(q_BTNH, k_BTKH, v_BTKH, last_BT, reach_BT, variant)
 
 
 def attend_with_state(
@@ -128,8 +111,8 @@ def attend_with_state(
         return y_BTNH, write(state, k_BTKH, v_BTKH, position_BT)
     # Here slot s holds position s, or one query sees all slots: those written are visible.
     new = write(state, k_BTKH, v_BTKH, position_BT)
-    visible_BTS = torch.arange(num_slots, device=device) <= position_BT[:, :, None]
-    return attention(q_BTNH, new.k_BSKH, new.v_BSKH, visible_BTS, variant), new
+    last_BT = position_BT.clamp(max=num_slots - 1)
+    return attention(q_BTNH, new.k_BSKH, new.v_BSKH, last_BT, last_BT, variant), new
 
 
 def write(state: State, k_BTKH: Tensor, v_BTKH: Tensor, position_BT: Tensor) -> State:

@@ -1,0 +1,316 @@
+"""One token of decoding: rotates q and k, writes k and v into their slot, attends to every slot.
+
+Truth: implementations/reference.py, and the `plain` variant here.
+
+Position p lies in slot p % num_slots, so that slots 0 to min(p, num_slots - 1) are visible: a ring
+of the visible keys, or all of them. A step must read each visible key and value once, in bfloat16
+4 H bytes a slot and key head. The slots are split over programs, enough of them for batch size 1;
+each leaves the largest score, the sum and the weighted values of its slots, and a second kernel
+puts them together. The grid follows from num_slots, and the position is read on the device: a
+CUDA graph of a step serves every position.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from implementations.engine import Unsupported
+from implementations.torch_backend.kernels.attention import LOG2_E, attention
+from implementations.torch_backend.kernels.rope import float32_rates, rope, rotation
+
+# A block of 64 slots of 128 channels in bfloat16 is 16 KiB of keys and 16 of values, in flight at
+# once; two programs on each of 132 multiprocessors (H100) then keep 8 MiB of loads in flight.
+BLOCK_S = 64
+ENOUGH_PROGRAMS = 264
+NUM_WARPS = 4
+NUM_STAGES = 2
+PARTS_AT_ONCE = 16  # of one head, when they are put together
+
+
+def attention_step(
+    q_BNH: Tensor,
+    k_BKH: Tensor,
+    v_BKH: Tensor,
+    position_B: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    rope_dim: int,
+    base: float,
+    variant: str,
+) -> Tensor:
+    """[B, N, H] in v's dtype; k_BSKH (rotated keys) and v_BSKH are written in place. Without
+    gradients. All sequences stand at one position."""
+    B, N, H = q_BNH.shape
+    S, K = k_BSKH.shape[1:3]
+    if k_BKH.shape != (B, K, H) or v_BKH.shape != k_BKH.shape or N % K:
+        raise ValueError(
+            "attention_step needs q [B, N, H], k and v [B, K, H] and K a divisor of N; "
+            f"got q {tuple(q_BNH.shape)}, k {tuple(k_BKH.shape)}, v {tuple(v_BKH.shape)}."
+        )
+    if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or position_B.shape != (B,):
+        raise ValueError(
+            f"attention_step needs slots [{B}, S, {K}, {H}] and positions [{B}]; got k "
+            f"{tuple(k_BSKH.shape)}, v {tuple(v_BSKH.shape)}, position {tuple(position_B.shape)}."
+        )
+    if variant not in VARIANTS:
+        raise Unsupported(
+            f"kernels.attention={variant} is not offered by the torch backend's attention_step; "
+            f"offered: {', '.join(VARIANTS)}."
+        )
+    return VARIANTS[variant](q_BNH, k_BKH, v_BKH, position_B, k_BSKH, v_BSKH, rope_dim, base)
+
+
+def _plain(
+    q_BNH: Tensor,
+    k_BKH: Tensor,
+    v_BKH: Tensor,
+    position_B: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    rope_dim: int,
+    base: float,
+) -> Tensor:
+    num_slots, position_BT = k_BSKH.shape[1], position_B[:, None]
+    q_BTNH = rope(q_BNH[:, None], position_BT, rope_dim, base, "plain")
+    k_BTKH = rope(k_BKH[:, None], position_BT, rope_dim, base, "plain")
+    slot = position_B[:1] % num_slots
+    k_BSKH.index_copy_(1, slot, k_BTKH)
+    v_BSKH.index_copy_(1, slot, v_BKH[:, None])
+    last_BT = position_BT.clamp(max=num_slots - 1)
+    return attention(q_BTNH, k_BSKH, v_BSKH, last_BT, last_BT, "plain")[:, 0]
+
+
+def _triton(
+    q_BNH: Tensor,
+    k_BKH: Tensor,
+    v_BKH: Tensor,
+    position_B: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    rope_dim: int,
+    base: float,
+) -> Tensor:
+    dtype = v_BSKH.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or k_BSKH.dtype != dtype:
+        raise Unsupported(
+            f"kernels.attention=triton needs slots of one dtype, float32 or bfloat16, not {dtype}."
+        )
+    if not (k_BSKH.is_contiguous() and v_BSKH.is_contiguous()):
+        raise ValueError("attention_step writes into the slots: they must be contiguous.")
+    new = (x.to(dtype) for x in (q_BNH, k_BKH, v_BKH))
+    return _step(*new, position_B, k_BSKH, v_BSKH, rope_dim, base)
+
+
+@torch.library.custom_op("aerie::attention_step", mutates_args=("k_BSKH", "v_BSKH"))
+def _step(
+    q_BNH: Tensor,
+    k_BKH: Tensor,
+    v_BKH: Tensor,
+    position_B: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    rope_dim: int,
+    base: float,
+) -> Tensor:
+    B, N, H = q_BNH.shape
+    S, K = k_BSKH.shape[1:3]
+    part_len, num_parts = parts_of(S, B * K)
+    out_BNH = q_BNH.new_empty((B, N, H))
+    float32 = {"dtype": torch.float32, "device": q_BNH.device}
+    sum_BNPH = torch.empty((B, N, num_parts, H), **float32)
+    top_BNP, total_BNP = (torch.empty((B, N, num_parts), **float32) for _ in range(2))
+    half = rope_dim // 2
+    rate_H = float32_rates(max(half, 1), base, torch.float32, q_BNH.device)
+    BLOCK_H = max(triton.next_power_of_2(H), 16)
+    _part_kernel[(num_parts, B * K)](
+        *(x.contiguous() for x in (q_BNH, k_BKH, v_BKH, position_B)),
+        rate_H,
+        k_BSKH,
+        v_BSKH,
+        sum_BNPH,
+        top_BNP,
+        total_BNP,
+        S,
+        part_len,
+        K=K,
+        G=N // K,
+        H=H,
+        HALF=half,
+        BLOCK_G=max(triton.next_power_of_2(N // K), 16),  # rows of a matrix instruction
+        BLOCK_H=BLOCK_H,
+        BLOCK_S=BLOCK_S,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    _combine_kernel[(B * N,)](
+        position_B.contiguous(),
+        sum_BNPH,
+        top_BNP,
+        total_BNP,
+        out_BNH,
+        S,
+        part_len,
+        num_parts,
+        N=N,
+        H=H,
+        BLOCK_H=BLOCK_H,
+        BLOCK_P=PARTS_AT_ONCE,
+        num_warps=NUM_WARPS,
+    )
+    return out_BNH
+
+
+@_step.register_fake
+def _(q_BNH: Tensor, *_) -> Tensor:
+    return q_BNH.new_empty(q_BNH.shape)
+
+
+def parts_of(num_slots: int, num_rows: int) -> tuple[int, int]:
+    """(slots of a part, parts): the longest parts, by doubling, that make enough programs."""
+    part_len = BLOCK_S
+    while num_rows * triton.cdiv(num_slots, 2 * part_len) >= ENOUGH_PROGRAMS:
+        part_len *= 2
+    return part_len, triton.cdiv(num_slots, part_len)
+
+
+@triton.jit(do_not_specialize=["S", "part_len"])
+def _part_kernel(
+    q_ptr,  # [B, K * G, H]
+    new_k_ptr,  # [B, K, H]
+    new_v_ptr,  # [B, K, H]
+    position_ptr,  # [B]
+    rate_ptr,  # [HALF] float32
+    k_ptr,  # [B, S, K, H], read and one slot written
+    v_ptr,  # [B, S, K, H], read and one slot written
+    sum_ptr,  # [B, K * G, parts, H] float32
+    top_ptr,  # [B, K * G, parts] float32, base 2
+    total_ptr,  # [B, K * G, parts] float32
+    S,
+    part_len,
+    K: tl.constexpr,
+    G: tl.constexpr,  # query heads of a group
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    part, num_parts = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1)  # batch * K + group
+    batch = (row // K).to(tl.int64)  # int64: B * S * K * H passes 2**31
+    group = row % K
+    position = tl.load(position_ptr + batch)
+    num_visible = tl.minimum(position + 1, S).to(tl.int32)
+    begin = part * part_len
+    end = tl.minimum(begin + part_len, num_visible)
+    if begin < end:
+        channel = tl.arange(0, BLOCK_H)
+        member = tl.arange(0, BLOCK_G)
+        cos, sin = _channel_rotation(rate_ptr, position, channel, HALF)
+        place = (row * G + member)[:, None] * H
+        q = _rotated(q_ptr + place, channel[None, :], (member < G)[:, None], cos, sin, H, HALF)
+        new_k = _rotated(new_k_ptr + row * H, channel, channel < H, cos, sin, H, HALF)
+        new_v = tl.load(new_v_ptr + row * H + channel, mask=channel < H, other=0.0)
+
+        # No other program reads the new slot: this one takes what it writes from registers.
+        new_slot = (position % S).to(tl.int32)
+        k_ptr += (batch * S * K + group) * H
+        v_ptr += (batch * S * K + group) * H
+        slot = tl.arange(0, BLOCK_S)
+        offset = slot[:, None] * (K * H) + channel[None, :]
+        top = tl.full([BLOCK_G], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+        for start in range(begin, end, BLOCK_S):
+            skipped = tl.cast(start, tl.int64) * (K * H)
+            is_new = (start + slot == new_slot)[:, None]
+            is_seen = start + slot < end
+            mask = is_seen[:, None] & (channel < H)[None, :] & ~is_new
+            k = tl.load(k_ptr + skipped + offset, mask=mask, other=0.0)
+            v = tl.load(v_ptr + skipped + offset, mask=mask, other=0.0)
+            k = tl.where(is_new, new_k[None, :], k)
+            v = tl.where(is_new, new_v[None, :], v)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (H**-0.5 * LOG2_E)
+            scores = tl.where(is_seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+
+        place = (row * G + member) * num_parts + part
+        is_member = member < G
+        mask = is_member[:, None] & (channel < H)[None, :]
+        tl.store(sum_ptr + place.to(tl.int64)[:, None] * H + channel[None, :], acc, mask=mask)
+        tl.store(top_ptr + place, top, mask=is_member)
+        tl.store(total_ptr + place, total, mask=is_member)
+        if (begin <= new_slot) & (new_slot < end):
+            written = new_slot.to(tl.int64) * (K * H)
+            tl.store(k_ptr + written + channel, new_k, mask=channel < H)
+            tl.store(v_ptr + written + channel, new_v, mask=channel < H)
+
+
+@triton.jit(do_not_specialize=["S", "part_len", "num_parts"])
+def _combine_kernel(
+    position_ptr,  # [B]
+    sum_ptr,  # [B, N, parts, H] float32
+    top_ptr,  # [B, N, parts] float32, base 2
+    total_ptr,  # [B, N, parts] float32
+    out_ptr,  # [B, N, H]
+    S,
+    part_len,
+    num_parts,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    row = tl.program_id(0)  # batch * N + head
+    num_visible = tl.minimum(tl.load(position_ptr + row // N) + 1, S).to(tl.int32)
+    num_written = tl.cdiv(num_visible, part_len)  # parts that saw no slot wrote nothing
+    channel = tl.arange(0, BLOCK_H)
+    top_ptr += row * num_parts
+    total_ptr += row * num_parts
+    sum_ptr += row.to(tl.int64) * num_parts * H
+    top = tl.full([], -1e30, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_H], tl.float32)
+    for start in range(0, num_written, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        is_written = part < num_written
+        tops = tl.load(top_ptr + part, mask=is_written, other=float("-inf"))
+        totals = tl.load(total_ptr + part, mask=is_written, other=0.0)
+        mask = is_written[:, None] & (channel < H)[None, :]
+        sums = tl.load(sum_ptr + part[:, None] * H + channel[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        weights = tl.exp2(tops - new_top)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights * totals, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * sums, 0)
+        top = new_top
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row.to(tl.int64) * H + channel, out, mask=channel < H)
+
+
+@triton.jit
+def _channel_rotation(rate_ptr, position, channel, HALF: tl.constexpr):
+    """For each channel cos, and sin with the sign that it has there; 1 and 0 where none turns."""
+    turns = channel < 2 * HALF
+    rate = tl.load(rate_ptr + tl.where(channel < HALF, channel, channel - HALF), mask=turns)
+    cos, sin = rotation(position, tl.where(turns, rate, 0.0))
+    return cos, tl.where(channel < HALF, -sin, sin)
+
+
+@triton.jit
+def _rotated(ptr, channel, mask, cos, sin, H: tl.constexpr, HALF: tl.constexpr):
+    """What lies at ptr + channel, rotated, in its dtype."""
+    partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+    x = tl.load(ptr + channel, mask=mask & (channel < H), other=0.0)
+    y = tl.load(ptr + partner, mask=mask & (channel < 2 * HALF), other=0.0)
+    turned = x.to(tl.float32) * cos + y.to(tl.float32) * sin
+    return turned.to(x.dtype)
+
+
+VARIANTS = {"plain": _plain, "triton": _triton}
