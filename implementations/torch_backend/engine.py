@@ -4,8 +4,6 @@ Twin: implementations/jax_backend/engine.py.
 """
 
 import copy
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +24,7 @@ from implementations.engine import (
 from implementations.ops import OPS
 from implementations.torch_backend import model, ops
 from implementations.torch_backend.activations import watched
-from implementations.torch_backend.kernels import attention, linear_scan
+from implementations.torch_backend.kernels import attention, interpreter, linear_scan, rms_norm
 from implementations.torch_backend.layers import exact
 from implementations.torch_backend.optimizer import adamw, clip_by_global_norm, learning_rate
 
@@ -39,7 +37,6 @@ DECODE_OPTIONS = {
     "cpu": UNCHANGED | {"cpp_wrapper": True, "size_asserts": False},
     "cuda": UNCHANGED,
 }
-LAYERS = ("plain",)  # variants of kernels.layers
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
 
 
@@ -54,7 +51,7 @@ def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
     resolved = auto("torch", CPU if dtype == "float64" else device_kind) | kernels.chosen
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
-    check_layers(resolved["layers"])
+    rms_norm.check(resolved["layers"])
     triton = [f"kernels.{key}={name}" for key, name in resolved.items() if is_triton(name)]
     if not triton:
         if kernels.interpret:
@@ -69,7 +66,7 @@ def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
             f"{triton[0]} needs a GPU; on a CPU kernels.interpret=true runs it in Triton's "
             "interpreter, for correctness only."
         )
-    if kernels.interpret != interpreter().is_interpreting():
+    if kernels.interpret != interpreter.is_interpreting():
         raise Unsupported(
             "kernels.interpret=true needs TRITON_INTERPRET=1 in the environment that Python is "
             "started in."
@@ -82,21 +79,6 @@ def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
 
 def is_triton(variant: str) -> bool:
     return variant.startswith("triton")
-
-
-def interpreter() -> ModuleType:
-    """Imported only for kernels of Triton, which is not there on every machine."""
-    return import_module("implementations.torch_backend.kernels.interpreter")
-
-
-def check_layers(variant: str) -> str:
-    """The variant, when this backend has it; else Unsupported."""
-    if variant not in LAYERS:
-        raise Unsupported(
-            f"kernels.layers={variant} is not offered by the torch backend; "
-            f"offered: {', '.join(LAYERS)}."
-        )
-    return variant
 
 
 class Engine:
@@ -113,7 +95,7 @@ class Engine:
         self.device = find_device(device_kind)
         resolved = resolve(kernels, device_kind, dtype)
         if kernels.interpret:
-            interpreter().mend()
+            interpreter.mend()
         self.kernels = kernels
         self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
         self.device_name = (

@@ -50,6 +50,16 @@ def add_rms_norm(
     return VARIANTS[choose("layers", variant, VARIANTS, "kernels")](x_BTD, branch_BTD, scale_D, eps)
 
 
+def check(variant: str) -> str:
+    """The variant of kernels.layers, when this backend has it; else Unsupported."""
+    if variant not in VARIANTS:
+        raise Unsupported(
+            f"kernels.layers={variant} is not offered by the torch backend; "
+            f"offered: {', '.join(VARIANTS)}."
+        )
+    return variant
+
+
 def _check(x_BTD: Tensor, scale_D: Tensor) -> None:
     if scale_D.shape != x_BTD.shape[-1:]:
         raise ValueError(
