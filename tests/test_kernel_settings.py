@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from conftest import BACKENDS, tiny
@@ -29,17 +28,15 @@ def torch_engine(monkeypatch):
     """The module of the engine, as if every kernel had a variant of Triton."""
     from implementations.torch_backend import engine
 
-    for module in (engine.attention, engine.linear_scan):
+    for module in (engine.attention, engine.linear_scan, engine.rms_norm):
         monkeypatch.setitem(module.VARIANTS, "triton", None)
     monkeypatch.setitem(engine.linear_scan.VARIANTS, "triton_split", None)
-    monkeypatch.setattr(engine, "LAYERS", ("plain", "triton"))
     set_interpreting(monkeypatch, engine, True)
     return engine
 
 
 def set_interpreting(monkeypatch, engine, is_interpreting: bool) -> None:
-    stub = SimpleNamespace(is_interpreting=lambda: is_interpreting, mend=lambda: None)
-    monkeypatch.setattr(engine, "interpreter", lambda: stub)
+    monkeypatch.setattr(engine.interpreter, "is_interpreting", lambda: is_interpreting)
 
 
 # What auto stands for

@@ -10,7 +10,7 @@ from conftest import BACKENDS, FAMILIES, tiny
 from test_suites import MODEL, run_of, suite_of, taken
 
 from implementations import ops, parameters
-from implementations.engine import IGNORED, Batch, OptimizerConfig, load_engine
+from implementations.engine import IGNORED, Batch, OptimizerConfig, auto, load_engine
 from suites import parity
 from suites.harness.executors import TENSORS_VARIABLE
 from suites.ladder import calibrate, check, plan, seeds, tables, training
@@ -183,10 +183,16 @@ def test_the_gate_has_every_variant_setting_and_dtype():
             part = [run for run in mine if run.model.family == family]
             assert {run.dtype for run in part} == {"float64", "float32", "bfloat16"}
             assert {tables.settings_of(run.model) for run in part} == {"paper", "released"}
-        scans = {run.kernels.linear_scan for run in mine if run.model.family == "griffin"}
-        assert scans == {"auto", "sequential", "associative"}  # auto is analytic
-        assert {run.kernels.linear_scan for run in mine if run.model.family == "mqa"} == {"auto"}
-        assert len({run.kernels.attention for run in mine if run.model.family == "mqa"}) == 2
+        griffin, mqa = (
+            [run.kernels for run in mine if run.model.family == family]
+            for family in ("griffin", "mqa")
+        )
+        for setting, (_, file) in plan.CALLED.items():
+            others = set(plan.offered(backend, file)) - {auto(backend, "cpu")[setting]}
+            assert {getattr(kernels, setting) for kernels in griffin} == {"auto"} | others
+        assert {"sequential", "associative"} < {kernels.linear_scan for kernels in griffin}
+        assert {kernels.linear_scan for kernels in mqa} == {"auto"}
+        assert len({kernels.attention for kernels in mqa}) >= 2
     assert all(not run.workload.levels for run in runs)
 
 

@@ -8,8 +8,8 @@ from jax import Array
 
 from implementations.jax_backend.activations import watched
 from implementations.jax_backend.kernels import causal_conv as causal_conv_kernel
+from implementations.jax_backend.kernels import cross_entropy
 from implementations.jax_backend.kernels import rms_norm as rms_norm_kernel
-from implementations.jax_backend.kernels.cross_entropy import logits
 from implementations.jax_backend.kernels.gated_gelu import gated_gelu
 
 
@@ -81,4 +81,4 @@ def embed(params: dict, tokens_BT: Array, dtype: jnp.dtype, *, is_scaled: bool) 
 
 def unembed(params: dict, x_BTD: Array, soft_cap: float | None) -> Array:
     """Logits from the tied embedding, float32 (float64 in float64)."""
-    return logits(x_BTD, params["weight"], soft_cap)
+    return cross_entropy.unembed(x_BTD, params["weight"], soft_cap)

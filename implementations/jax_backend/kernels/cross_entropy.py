@@ -24,11 +24,11 @@ def mean_cross_entropy(
     x_BTD: Array, weight_VD: Array, targets_BT: Array, soft_cap: float | None, variant: str
 ) -> Array:
     """The mean over scored targets, nats, of the logits that x makes; 0 where none is scored."""
-    nll_BT = cross_entropy(logits(x_BTD, weight_VD, soft_cap), targets_BT, variant)
+    nll_BT = cross_entropy(unembed(x_BTD, weight_VD, soft_cap), targets_BT, variant)
     return nll_BT.sum() / jnp.maximum((targets_BT != IGNORED).sum(), 1)
 
 
-def logits(x_BTD: Array, weight_VD: Array, soft_cap: float | None) -> Array:
+def unembed(x_BTD: Array, weight_VD: Array, soft_cap: float | None) -> Array:
     """[B, T, V], float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""
     dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
     B, T, D = x_BTD.shape

@@ -28,7 +28,7 @@ def add_rms_norm(
 
 
 def check(variant: str) -> str:
-    """The variant, when this backend has it; else Unsupported."""
+    """The variant of kernels.layers, when this backend has it; else Unsupported."""
     if variant not in VARIANTS:
         raise Unsupported(
             f"kernels.layers={variant} is not offered by the jax backend; "

@@ -49,14 +49,6 @@ def add_rms_norm(
     return VARIANTS[check(variant)](x_BTD, branch_BTD, scale_D, eps)
 
 
-def _check(x_BTD: Tensor, scale_D: Tensor) -> None:
-    if scale_D.shape != x_BTD.shape[-1:]:
-        raise ValueError(
-            f"rms_norm needs one scale a channel; got x {tuple(x_BTD.shape)} and scale "
-            f"{tuple(scale_D.shape)}."
-        )
-
-
 def check(variant: str) -> str:
     """The variant of kernels.layers, when this backend has it; else Unsupported."""
     if variant not in VARIANTS:
@@ -65,6 +57,14 @@ def check(variant: str) -> str:
             f"offered: {', '.join(VARIANTS)}."
         )
     return variant
+
+
+def _check(x_BTD: Tensor, scale_D: Tensor) -> None:
+    if scale_D.shape != x_BTD.shape[-1:]:
+        raise ValueError(
+            f"rms_norm needs one scale a channel; got x {tuple(x_BTD.shape)} and scale "
+            f"{tuple(scale_D.shape)}."
+        )
 
 
 def _plain(

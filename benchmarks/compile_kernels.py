@@ -1,0 +1,308 @@
+"""Every Triton kernel as it ships, compiled ahead of time, and what the compiler made of it.
+
+    python benchmarks/compile_kernels.py [--json] [--target sm_90 ...] [--kernel rms_norm ...]
+
+No GPU is needed. A stub stands in for the driver, the public ops are called on `meta` tensors,
+forward and backward, and each launch is compiled instead: with the signature, the block sizes and
+the warps that the launch itself chose. So nothing here repeats a configuration; CASES holds shapes.
+
+Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
+thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
+(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared memory than a
+chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills, does not fit,
+or does not compile.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+NUM_PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    target: GPUTarget
+    shared_bytes: int  # the most that one block may have
+    max_grid_yz: int
+
+
+# A100, H100 and H200, B200, MI300. CUDA C++ programming guide, table of compute capabilities
+# (163 KiB, 227 KiB); CDNA3 ISA: 64 KiB of LDS.
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912, 65535),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448, 65535),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, 65535),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, 2**31 - 1),
+}
+TENSOR_MEMORY_COLUMNS = 512  # of sm_100
+
+# The instructions that matter, as the rows name them, by what they are looked for as.
+INSTRUCTIONS = {
+    "matrix": r"[HIQ]G?MMA|UTC\w*MMA|v_mfma",
+    "load_16_bytes": r"(?:LDG|LDGSTS)\b.*\.(?:128|256)(?![0-9A-Z])|(?:global|buffer)_load_dwordx4",
+    "async_copy": r"LDGSTS|UTMALDG|UBLKCP|(?:global|buffer)_load_\w*lds",
+    "local": r"LDL|STL|scratch_",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str  # file.function
+    target: str
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]  # by mnemonic, with the width in bits of a 16-byte load
+
+    def total(self, kind: str) -> int:
+        """How many instructions of a kind of INSTRUCTIONS."""
+        pattern = re.compile(INSTRUCTIONS[kind])
+        return sum(count for name, count in self.instructions.items() if pattern.match(name))
+
+
+# --- What is compiled: the ops at the widths of the paper's 1b and 7b, on meta tensors.
+
+DTYPES = ("bfloat16", "float32")
+
+
+def empty(*shape: int, dtype: str = "float32", grad: bool = True) -> torch.Tensor:
+    dtype = getattr(torch, dtype)
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+# name of the op: a function of the dtype that calls it, and its backward, on meta tensors
+CASES: dict[str, Callable[[str], None]] = {}
+
+
+# --- The command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--kernel", nargs="+", choices=CASES, default=list(CASES))
+    arguments = parser.parse_args()
+    rows, problems = compile_all(arguments.kernel, arguments.target)
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print_table(rows)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def compile_all(kernels: list[str], targets: list[str]) -> tuple[list[Row], list[str]]:
+    """The rows of these ops on these targets, and what is wrong, a line each."""
+    refuse_interpreter()
+    rows: list[Row] = []
+    problems: list[str] = []
+    jobs = [(kernel, dtype, target) for kernel in kernels for dtype in DTYPES for target in targets]
+    # spawn: a fork of a process with torch's threads may hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
+        futures = {job: pool.submit(_compile_case, *job) for job in jobs}
+        for (kernel, dtype, target), future in futures.items():
+            if error := future.exception():
+                problems.append(f"{kernel} {dtype} {target}: {type(error).__name__}: {error}")
+                continue
+            found, seconds = future.result()
+            line = f"{target} {kernel} {dtype}: {len(found)} kernels in {seconds:.1f} s"
+            print(line, file=sys.stderr, flush=True)
+            rows += found
+    rows = list({json.dumps(asdict(row)): row for row in rows}.values())
+    return rows, problems + [problem for row in rows for problem in problems_of(row)]
+
+
+def _compile_case(kernel: str, dtype: str, target: str) -> tuple[list[Row], float]:
+    begin = time.monotonic()
+    rows = compile_launches(lambda: CASES[kernel](dtype), target)
+    return rows, time.monotonic() - begin
+
+
+def problems_of(row: Row) -> Iterator[str]:
+    where = f"{row.kernel} on {row.target} ({row.config})"
+    if row.spill_bytes:
+        yield f"{where}: spills {row.spill_bytes} bytes with {row.registers} registers."
+    if row.shared_bytes > (limit := CHIPS[row.target].shared_bytes):
+        yield f"{where}: needs {row.shared_bytes} bytes of shared memory; the chip has {limit}."
+
+
+def print_table(rows: list[Row]) -> None:
+    heads = ("kernel", "target", "registers", "spill B", "shared B", "instructions", "config")
+    lines = [heads]
+    for row in rows:
+        seen = ", ".join(f"{name} {count}" for name, count in row.instructions.items())
+        numbers = (str(n) for n in (row.registers, row.spill_bytes, row.shared_bytes))
+        lines.append((row.kernel, row.target, *numbers, seen or "-", row.config))
+    widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
+    for line in lines:
+        print("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip())
+
+
+def refuse_interpreter() -> None:
+    if triton.knobs.runtime.interpret:
+        raise SystemExit(
+            "TRITON_INTERPRET is set, so that kernels are interpreted and cannot be compiled: "
+            "unset it."
+        )
+
+
+# --- Compilation without a launch
+
+
+def compile_launches(run: Callable[[], None], target: str) -> list[Row]:
+    """A row for each different kernel that `run` launches."""
+    refuse_interpreter()
+    compiled: dict[str, Row] = {}
+    compile_one = JITFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        kernel = compile_one(self, *args, grid=grid, warmup=True, **kwargs)
+        if callable(grid):
+            grid = grid(self.signature.bind(*args, **_arguments(self, kwargs)).arguments)
+        limit = CHIPS[target].max_grid_yz
+        assert all(0 < n <= limit for n in grid[1:]), f"{self}: grid {grid} passes {limit} in y, z"
+        if kernel.hash not in compiled:
+            compiled[kernel.hash] = _row(self, kernel, target)
+        return kernel
+
+    with _driver(target), mock.patch.object(JITFunction, "run", record):
+        run()
+    return list(compiled.values())
+
+
+def _arguments(function: JITFunction, kwargs: dict) -> dict:
+    """Those for the kernel; the others, like num_warps, are for the launch."""
+    return {name: value for name, value in kwargs.items() if name in function.arg_names}
+
+
+class _Driver:
+    """As much of a driver as compilation asks for."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return CHIPS[self.target].target
+
+    def get_current_device(self) -> str:
+        return self.target  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def _driver(target: str) -> Iterator[None]:
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def _row(function: JITFunction, kernel, target: str) -> Row:
+    metadata = kernel.metadata
+    if columns := getattr(metadata, "tmem_size", None):
+        assert columns <= TENSOR_MEMORY_COLUMNS, f"{function}: {columns} columns of tensor memory"
+    read = _read_cuda if metadata.target.backend == "cuda" else _read_hip
+    registers, spill_bytes, instructions = read(kernel)
+    return Row(
+        kernel=f"{function.module.rpartition('.')[2]}.{function.fn.__name__}",
+        target=target,
+        config=_config(function, kernel),
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=metadata.shared,
+        instructions=instructions,
+    )
+
+
+def _config(function: JITFunction, kernel) -> str:
+    """The dtypes of the pointers, the constants, and how many warps run it."""
+    signature = kernel.src.signature.values()
+    dtypes = dict.fromkeys(kind[1:] for kind in signature if kind.startswith("*"))
+    constants = [
+        f"{function.arg_names[path[0]]}={value}" for path, value in kernel.src.constants.items()
+    ]
+    warps = f"num_warps={kernel.metadata.num_warps}"
+    return " ".join([",".join(dtypes), *constants, warps])
+
+
+def _read_cuda(kernel) -> tuple[int, int, dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        tools = triton.knobs.nvidia
+        usage = _output(tools.cuobjdump.path, "-res-usage", str(cubin))
+        code = _output(tools.nvdisasm.path, "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, f"cuobjdump says nothing of registers: {usage}"
+    registers, stack, local = map(int, found.groups())
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+    assert lines, "nvdisasm printed no instruction"
+    widths = [re.search(r"\.(\d+)$", name) for name in lines if re.match("LDL|STL", name)]
+    spilled = sum(int(width[1]) // 8 if width else 4 for width in widths)
+    return registers, max(stack + local, spilled), _instructions(lines)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_hip(kernel) -> tuple[int, int, dict[str, int]]:
+    assembly = kernel.asm["amdgcn"]
+
+    def entry(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found, f"the assembly has no {name}"
+        return int(found[1])
+
+    scratch = max(entry("private_segment_fixed_size"), 4 * entry("vgpr_spill_count"))
+    lines = re.findall(r"^\s+([a-z]\w+)(.*)$", assembly, re.MULTILINE)
+    # A load into LDS is a plain load by its name, and a word after its operands.
+    names = [f"{name}_lds" if re.search(r"\blds\b", rest) else name for name, rest in lines]
+    return entry("vgpr_count"), scratch + 4 * entry("sgpr_spill_count"), _instructions(names)
+
+
+def _instructions(lines: list[str]) -> dict[str, int]:
+    """LDG.E.128.CONSTANT is counted as LDG.128, and HMMA.16816.F32 as HMMA."""
+    patterns = [re.compile(pattern) for pattern in INSTRUCTIONS.values()]
+    counts = Counter(line for line in lines if any(p.match(line) for p in patterns))
+    merged: Counter[str] = Counter()
+    for name, count in counts.items():
+        width = re.search(r"\.(?:128|256)(?![0-9A-Z])", name)
+        wide = width and name.startswith("LDG")
+        merged[name.partition(".")[0] + (width[0] if wide else "")] += count
+    return dict(sorted(merged.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
