@@ -156,7 +156,7 @@ def parts_of(num_slots: int, num_rows: int) -> tuple[int, int]:
 def blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Of as many slots as compile without a spill: products of float32 take many registers."""
     if dtype == torch.float32:
-        return {"BLOCK_S": 16, "num_warps": 8, "num_stages": NUM_STAGES}
+        return {"BLOCK_S": 32 if head_dim <= 128 else 16, "num_warps": 8, "num_stages": NUM_STAGES}
     if head_dim > 128:
         return {"BLOCK_S": 32, "num_warps": 8, "num_stages": NUM_STAGES}
     return {"BLOCK_S": 64, "num_warps": 4, "num_stages": NUM_STAGES}
