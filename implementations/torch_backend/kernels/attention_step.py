@@ -156,8 +156,10 @@ def parts_of(num_slots: int, num_rows: int) -> tuple[int, int]:
 def blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Of as many slots as compile without a spill: products of float32 take many registers."""
     if dtype == torch.float32:
-        return {"BLOCK_S": 16, "num_warps": 8, "num_stages": NUM_STAGES}
-    return {"BLOCK_S": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": NUM_STAGES}
+        return {"BLOCK_S": 32 if head_dim <= 128 else 16, "num_warps": 8, "num_stages": NUM_STAGES}
+    if head_dim > 128:
+        return {"BLOCK_S": 32, "num_warps": 8, "num_stages": NUM_STAGES}
+    return {"BLOCK_S": 64, "num_warps": 4, "num_stages": NUM_STAGES}
 
 
 @triton.jit(do_not_specialize=["S", "part_len"])
@@ -194,8 +196,9 @@ def _part_kernel(
         channel = tl.arange(0, BLOCK_H)
         member = tl.arange(0, BLOCK_G)
         cos, sin = _channel_rotation(rate_ptr, position, channel, HALF)
-        place = (row * G + member)[:, None] * H
-        q = _rotated(q_ptr + place, channel[None, :], (member < G)[:, None], cos, sin, H, HALF)
+        q_ptrs = q_ptr + (row * G + member)[:, None] * H
+        is_member = (member < G)[:, None]
+        q = _rotated(q_ptrs, channel[None, :], is_member, cos, sin, H, HALF)
         new_k = _rotated(new_k_ptr + row * H, channel, channel < H, cos, sin, H, HALF)
         new_v = tl.load(new_v_ptr + row * H + channel, mask=channel < H, other=0.0)
 
@@ -210,6 +213,8 @@ def _part_kernel(
         acc = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
         for start in range(begin, end, BLOCK_S):
             skipped = tl.cast(start, tl.int64) * (K * H)
+            if q.dtype == tl.float32:  # kept, a row of it would take H registers of each thread
+                q = _rotated(q_ptrs, channel[None, :], is_member & (start < end), cos, sin, H, HALF)
             is_new = (start + slot == new_slot)[:, None]
             is_seen = start + slot < end
             mask = is_seen[:, None] & (channel < H)[None, :] & ~is_new
@@ -227,11 +232,10 @@ def _part_kernel(
             top = new_top
 
         place = (row * G + member) * num_parts + part
-        is_member = member < G
-        mask = is_member[:, None] & (channel < H)[None, :]
+        mask = is_member & (channel < H)[None, :]
         tl.store(sum_ptr + place.to(tl.int64)[:, None] * H + channel[None, :], acc, mask=mask)
-        tl.store(top_ptr + place, top, mask=is_member)
-        tl.store(total_ptr + place, total, mask=is_member)
+        tl.store(top_ptr + place, top, mask=member < G)
+        tl.store(total_ptr + place, total, mask=member < G)
         if (begin <= new_slot) & (new_slot < end):
             written = new_slot.to(tl.int64) * (K * H)
             tl.store(k_ptr + written + channel, new_k, mask=channel < H)

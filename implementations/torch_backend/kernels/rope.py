@@ -17,8 +17,8 @@ from torch import Tensor
 from implementations.engine import Unsupported
 from implementations.torch_backend.kernels.rms_norm import check
 
-# Pairs of channels that one program turns: 16 a thread, two loads of 16 bytes from either half.
-PAIRS = 2048
+# Channels of one program: 32 a thread, in bfloat16 two loads of 16 bytes from either half of each.
+NUM_CHANNELS = 4096
 NUM_WARPS = 4
 HALF_PI = tl.constexpr(1.5707963267948966)
 PER_HALF_PI = tl.constexpr(0.6366197723675814)
@@ -102,15 +102,15 @@ def _turned(
 
 def _blocks(N: int, H: int, half: int) -> dict[str, int]:
     """A program takes as many heads as it can: they share cosines and sines."""
-    BLOCK_C = triton.next_power_of_2(half)
-    BLOCK_N = min(triton.next_power_of_2(N), max(PAIRS // BLOCK_C, 1))
-    BLOCK_T = max(PAIRS // (BLOCK_C * BLOCK_N), 1)
-    rest = H - 2 * half
+    BLOCK_C, rest = triton.next_power_of_2(half), H - 2 * half
+    BLOCK_REST = triton.next_power_of_2(rest) if rest else 0
+    num_vectors = max(NUM_CHANNELS // triton.next_power_of_2(2 * BLOCK_C + BLOCK_REST), 1)
+    BLOCK_N = min(triton.next_power_of_2(N), num_vectors)
     return {
-        "BLOCK_T": BLOCK_T,
+        "BLOCK_T": num_vectors // BLOCK_N,
         "BLOCK_N": BLOCK_N,
         "BLOCK_C": BLOCK_C,
-        "BLOCK_REST": triton.next_power_of_2(rest) if rest else 0,
+        "BLOCK_REST": BLOCK_REST,
     }
 
 
