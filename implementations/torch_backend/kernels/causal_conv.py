@@ -19,14 +19,15 @@ from implementations.config import choose
 from implementations.engine import Unsupported
 
 MAX_WIDTH = 8  # the backward pass holds one sum a tap in registers
-# 32 positions by 64 channels in 4 warps: a row of a tile is 128 bytes of bfloat16, a thread has two
-# 16-byte loads a tap, and the W - 1 rows that neighbouring tiles read again are few.
+# Forward, 32 positions by 64 channels in 4 warps: a row of a tile is 128 bytes of bfloat16, a
+# thread has two 16-byte loads a tap, and the W - 1 rows that the next tile reads again are few.
 BLOCK_T = 32
 BLOCK_R = 64
 NUM_WARPS = 4
-# Positions of a program of the backward pass are this many tiles: its partial sums, W + 1 float32
-# rows, are then under 2 % of the bytes at W = 4.
-TILES = 16
+# Backward, half as many, for the sums in registers; a program walks over the tiles of 512
+# positions: its partial sums, W + 1 float32 rows, are then under 2 % of the bytes at W = 4.
+BACKWARD_BLOCK_T = 16
+TILES = 32
 
 
 def causal_conv(
@@ -161,7 +162,7 @@ class _CausalConv(torch.autograd.Function):
         dx_BTR = torch.empty_like(x_BTR)
         dconv_BWR = None if conv_BWR is None else torch.empty_like(conv_BWR)
         # With a state one tile more, of the W - 1 inputs before the first.
-        num_tiles = triton.cdiv(T, BLOCK_T) + (conv_BWR is not None)
+        num_tiles = triton.cdiv(T, BACKWARD_BLOCK_T) + (conv_BWR is not None)
         num_parts = triton.cdiv(num_tiles, TILES)
         num_sums = width + (bias_R is not None)
         partial_PWR = x_BTR.new_empty(B * num_parts, num_sums, R, dtype=torch.float32)
@@ -182,9 +183,9 @@ class _CausalConv(torch.autograd.Function):
                 HAS_BIAS=bias_R is not None,
                 HAS_STATE=conv_BWR is not None,
                 TILES=TILES,
-                BLOCK_T=BLOCK_T,
+                BLOCK_T=BACKWARD_BLOCK_T,
                 BLOCK_R=BLOCK_R,
-                num_warps=NUM_WARPS if width <= MAX_WIDTH // 2 else 2 * NUM_WARPS,
+                num_warps=NUM_WARPS,
             )
         sums_WR = partial_PWR.sum(0)
         dbias_R = None if bias_R is None else sums_WR[width].to(bias_R.dtype)

@@ -30,9 +30,8 @@ CHUNK_BYTES = 2**26
 MIN_CHUNK = 2048
 # Elements of a tile: 16 a thread are four 16-byte loads of float32. A small vocabulary has several
 # rows a program.
-TILE = 4096
-MAX_WARPS = 8
-PER_WARP = 512
+TILE = 2048
+NUM_WARPS = 4
 
 
 def unembed(x: Tensor, weight_VD: Tensor, soft_cap: float | None) -> Tensor:
@@ -220,7 +219,7 @@ def _launch(kernel, logits: Tensor, *operands: Tensor | None, soft_cap: float | 
             IGNORED=IGNORED,
             BLOCK_ROWS=block_rows,
             BLOCK_V=block_V,
-            num_warps=MAX_WARPS,
+            num_warps=NUM_WARPS,
         )
 
 

@@ -27,8 +27,9 @@ from implementations.engine import Unsupported
 TILE = 2048
 PER_WARP = 512
 MAX_WARPS = 16
-# Programs of the backward pass on a processor: rows of partial sums are a cost, idle memory too.
-PROGRAMS_A_PROCESSOR = 4
+# Warps of the backward pass on a processor: as many as find registers, 128 a thread. More programs
+# would only write more rows of partial sums.
+WARPS_A_PROCESSOR = 16
 
 
 def rms_norm(x_BTD: Tensor, scale_D: Tensor, eps: float, variant: str) -> Tensor:
@@ -145,7 +146,7 @@ def _backward(
     D = x_BTD.shape[-1]
     num_rows = x_BTD.numel() // D
     block_rows, block_D, num_warps = _tile(D)
-    num_programs = min(triton.cdiv(num_rows, block_rows), _num_programs(x_BTD))
+    num_programs = min(triton.cdiv(num_rows, block_rows), _num_programs(x_BTD, num_warps))
     dx_BTD = torch.empty_like(x_BTD)
     partial_PD = x_BTD.new_empty(num_programs, D, dtype=torch.float32)
     if num_rows:
@@ -175,12 +176,12 @@ def _tile(D: int) -> tuple[int, int, int]:
     return block_rows, block_D, num_warps
 
 
-def _num_programs(x: Tensor) -> int:
+def _num_programs(x: Tensor, num_warps: int) -> int:
     """Each walks over rows; away from a GPU (the interpreter) so few that each has several."""
     if not x.is_cuda:
         return 2
     properties = torch.cuda.get_device_properties(x.device)
-    return PROGRAMS_A_PROCESSOR * properties.multi_processor_count
+    return WARPS_A_PROCESSOR // num_warps * properties.multi_processor_count
 
 
 @triton.jit(do_not_specialize=["num_rows"])
