@@ -6,8 +6,6 @@ of settings, not all products of them: the cases are in tests/triton_layers_case
 
 import pytest
 
-pytest_plugins = ["interpreted"]
-
 # Of a tensor's largest true value. Measured: at most 1.1e-6 and 4.8e-3.
 TOLERANCE = {"float32": 4e-6, "bfloat16": 8e-3}
 # What is float32 in a bfloat16 model too: sums over rows, losses; and what is only copied.
