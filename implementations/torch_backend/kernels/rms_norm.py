@@ -251,13 +251,13 @@ def _rms_norm_bwd_kernel(
         dy = tl.load(dy_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         unit = x * rms_inverse
+        dscale += dy * unit
         dunit = dy * gain
         along = (tl.sum(dunit * unit, 1) / D)[:, None]
         dx = rms_inverse * (dunit - unit * along)
         if HAS_DSUM:
             dx += tl.load(dsum_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + start + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dscale += dy * unit
 
     total = tl.sum(dscale, 0)
     tl.store(partial_ptr + program * D + channel, total, mask=is_channel)
