@@ -8,12 +8,13 @@ from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from interpreted import poisoned
 from torch import Tensor
 
 from implementations import ops, reference
-from implementations.engine import IGNORED
+from implementations.engine import IGNORED, Unsupported
 from implementations.torch_backend.kernels import (
     causal_conv,
     cross_entropy,
@@ -185,6 +186,58 @@ def mean_cross_entropy_case(
             again = call(*inputs)
     found = errors(("loss", "without grad"), [loss, loss], [ours[0], again], "float32")
     return found | errors(("dx", "dweight"), true[1:], ours[1:], dtype)
+
+
+def mean_cross_entropy_asked(which: str) -> None:
+    rng = np.random.default_rng(6)
+    (x,), (weight,) = drawn(rng, "float32", (1, 2, 5, 8)), drawn(rng, "float32", (1, 11, 8))
+    targets = torch.tensor(chosen(rng, 2, 5, 11))
+    inputs = given(x, "float32"), given(weight, "float32")
+    if which == "weight of bfloat16":
+        inputs = given(x, "bfloat16"), given(weight, "bfloat16")
+
+    def loss() -> Tensor:
+        return cross_entropy.mean_cross_entropy(*inputs, targets, None, "triton")
+
+    alone = {"x alone": 1, "weight alone": 0}.get(which)
+    if alone is not None:
+        want = torch.autograd.grad(loss(), inputs)
+        inputs[alone].requires_grad_(False)
+        loss().backward()
+        assert inputs[alone].grad is None
+        torch.testing.assert_close(inputs[1 - alone].grad, want[1 - alone], rtol=0, atol=0)
+    elif which == "twice":  # gradients that were scaled in place are not scaled again unseen
+        value = loss()
+        value.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+    else:
+        loss().backward()
+        assert [value.grad.dtype for value in inputs] == [torch.bfloat16] * 2
+
+
+def wrong_target() -> list[str]:
+    """A row with a target that is no token, in both functions."""
+    targets = torch.tensor([[1, 7]])
+    x, weight = torch.ones(1, 2, 3), torch.ones(7, 3)
+    nll = cross_entropy.cross_entropy(x @ weight.t(), targets, "triton")
+    mean = cross_entropy.mean_cross_entropy(x, weight, targets, None, "triton")
+    assert nll[0, 0].isfinite()
+    return [str(nll[0, 1].item()), str(mean.item())]
+
+
+def refusal(op: str) -> str:
+    x = torch.zeros(1, 2, 3, dtype=torch.float64)
+    integers = torch.zeros(1, 2, dtype=torch.int32)
+    calls = {
+        "rms_norm": lambda: rms_norm.rms_norm(x, x[0, 0], EPS, "triton"),
+        "gated_gelu": lambda: gated_gelu.gated_gelu(x, x, "triton"),
+        "causal_conv": lambda: causal_conv.causal_conv(x, x[0], None, integers, None, "triton"),
+        "cross_entropy": lambda: cross_entropy.cross_entropy(x, integers, "triton"),
+    }
+    with pytest.raises(Unsupported) as refused:
+        calls[op]()
+    return str(refused.value)
 
 
 def drawn(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

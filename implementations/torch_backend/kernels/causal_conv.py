@@ -19,14 +19,15 @@ from implementations.engine import Unsupported
 from implementations.torch_backend.kernels.rms_norm import check
 
 MAX_WIDTH = 8  # the backward pass holds one sum a tap in registers
-# 32 positions by 64 channels in 4 warps: a row of a tile is 128 bytes of bfloat16, a thread has two
-# 16-byte loads a tap, and the W - 1 rows that neighbouring tiles read again are few.
+# Forward, 32 positions by 64 channels in 4 warps: a row of a tile is 128 bytes of bfloat16, a
+# thread has two 16-byte loads a tap, and the W - 1 rows that the next tile reads again are few.
 BLOCK_T = 32
 BLOCK_R = 64
 NUM_WARPS = 4
-# Positions of a program of the backward pass are this many tiles: its partial sums, W + 1 float32
-# rows, are then under 2 % of the bytes at W = 4.
-TILES = 16
+# Backward, half as many, for the sums in registers; a program walks over the tiles of 512
+# positions: its partial sums, W + 1 float32 rows, are then under 2 % of the bytes at W = 4.
+BACKWARD_BLOCK_T = 16
+TILES = 32
 
 
 def causal_conv(
@@ -161,7 +162,7 @@ class _CausalConv(torch.autograd.Function):
         dx_BTR = torch.empty_like(x_BTR)
         dconv_BWR = None if conv_BWR is None else torch.empty_like(conv_BWR)
         # With a state one tile more, of the W - 1 inputs before the first.
-        num_tiles = triton.cdiv(T, BLOCK_T) + (conv_BWR is not None)
+        num_tiles = triton.cdiv(T, BACKWARD_BLOCK_T) + (conv_BWR is not None)
         num_parts = triton.cdiv(num_tiles, TILES)
         num_sums = width + (bias_R is not None)
         partial_PWR = x_BTR.new_empty(B * num_parts, num_sums, R, dtype=torch.float32)
@@ -182,9 +183,9 @@ class _CausalConv(torch.autograd.Function):
                 HAS_BIAS=bias_R is not None,
                 HAS_STATE=conv_BWR is not None,
                 TILES=TILES,
-                BLOCK_T=BLOCK_T,
+                BLOCK_T=BACKWARD_BLOCK_T,
                 BLOCK_R=BLOCK_R,
-                num_warps=NUM_WARPS if width <= MAX_WIDTH // 2 else 2 * NUM_WARPS,
+                num_warps=NUM_WARPS,
             )
         sums_WR = partial_PWR.sum(0)
         dbias_R = None if bias_R is None else sums_WR[width].to(bias_R.dtype)
@@ -211,11 +212,15 @@ def _causal_conv_fwd_kernel(
     # Blocks of channels lead: programs at one time read whole rows.
     NUM_BLOCKS_R: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     channel = tl.program_id(0) % NUM_BLOCKS_R * BLOCK_R + tl.arange(0, BLOCK_R)
-    time = tl.program_id(0) // NUM_BLOCKS_R * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.arange(0, BLOCK_T)
+    first = tl.program_id(0) // NUM_BLOCKS_R * BLOCK_T
+    time = first + row
     batch = tl.program_id(1).to(tl.int64)  # int64: B * T * R passes 2**31 in the long sweeps
     is_channel = channel < R
     mask = (time < T)[:, None] & is_channel[None, :]
-    at = (batch * T + time)[:, None] * R + channel[None, :]
+    x_ptr += (batch * T + first) * R
+    y_ptr += (batch * T + first) * R
+    at = row[:, None] * R + channel[None, :]  # within a tile offsets need few registers
     position = tl.load(position_ptr + batch * T + time, mask=time < T, other=0)
 
     y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
@@ -228,9 +233,11 @@ def _causal_conv_fwd_kernel(
             tl.float32
         )
         if HAS_STATE and offset > 0:
-            before = (batch * PAST + PAST - offset + time)[:, None] * R + channel[None, :]
+            before = (PAST - offset + time)[:, None] * R + channel[None, :]
             seen &= (time < offset)[:, None]
-            x += tl.load(conv_ptr + before, mask=seen, other=0.0).to(tl.float32)
+            x += tl.load(conv_ptr + batch * (PAST * R) + before, mask=seen, other=0.0).to(
+                tl.float32
+            )
         y += x * tap.to(tl.float32)[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -267,17 +274,19 @@ def _causal_conv_bwd_kernel(
     sums = ()
     for _ in tl.static_range(WIDTH + HAS_BIAS):
         sums += (tl.zeros([BLOCK_T, BLOCK_R], tl.float32),)
+    row = tl.arange(0, BLOCK_T)
+    at = row[:, None] * R + channel[None, :]
     first = (part * TILES - HAS_STATE) * BLOCK_T
     last = tl.minimum(first + TILES * BLOCK_T, T)
     for start in range(first, last, BLOCK_T):
-        time = start + tl.arange(0, BLOCK_T)
+        time = start + row
+        tile = (batch * T + start) * R
         is_input = (time >= 0) & (time < T)
         mask = is_input[:, None] & is_channel[None, :]
-        at = (batch * T + time)[:, None] * R + channel[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + tile + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_STATE:
             is_before = ((time < 0) & (time >= -PAST))[:, None] & is_channel[None, :]
-            before = (batch * PAST + PAST + time)[:, None] * R + channel[None, :]
+            before = batch * (PAST * R) + (PAST + time)[:, None] * R + channel[None, :]
             x += tl.load(conv_ptr + before, mask=is_before, other=0.0).to(tl.float32)
         dx = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
         new_sums = ()
@@ -286,7 +295,7 @@ def _causal_conv_bwd_kernel(
             is_output = (later >= 0) & (later < T)
             position = tl.load(position_ptr + batch * T + later, mask=is_output, other=-1)
             seen = (position >= offset)[:, None] & is_channel[None, :]
-            dy = tl.load(dy_ptr + at + offset * R, mask=seen, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + tile + offset * R + at, mask=seen, other=0.0).to(tl.float32)
             tap = tl.load(weight_ptr + (PAST - offset) * R + channel, mask=is_channel, other=0.0)
             dx += dy * tap.to(tl.float32)[None, :]
             new_sums += (sums[offset] + dy * x,)
@@ -295,16 +304,18 @@ def _causal_conv_bwd_kernel(
         if HAS_BIAS:
             new_sums += (dbias,)
         sums = new_sums
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + tile + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_STATE:
             tl.store(dconv_ptr + before, dx.to(dconv_ptr.dtype.element_ty), mask=is_before)
 
-    row = (batch * num_parts + part) * (WIDTH + HAS_BIAS)
+    sum_row = (batch * num_parts + part) * (WIDTH + HAS_BIAS)
     for offset in tl.static_range(WIDTH):
         total = tl.sum(sums[offset], 0)
-        tl.store(partial_ptr + (row + PAST - offset) * R + channel, total, mask=is_channel)
+        tl.store(partial_ptr + (sum_row + PAST - offset) * R + channel, total, mask=is_channel)
     if HAS_BIAS:
-        tl.store(partial_ptr + (row + WIDTH) * R + channel, tl.sum(sums[WIDTH], 0), mask=is_channel)
+        tl.store(
+            partial_ptr + (sum_row + WIDTH) * R + channel, tl.sum(sums[WIDTH], 0), mask=is_channel
+        )
 
 
 VARIANTS = {"plain": _plain, "triton": _triton}

@@ -30,9 +30,8 @@ CHUNK_BYTES = 2**26
 MIN_CHUNK = 2048
 # Elements of a tile: 16 a thread are four 16-byte loads of float32. A small vocabulary has several
 # rows a program.
-TILE = 4096
-MAX_WARPS = 8
-PER_WARP = 512
+TILE = 2048
+NUM_WARPS = 4
 
 
 def unembed(x: Tensor, weight_VD: Tensor, soft_cap: float | None) -> Tensor:
@@ -220,17 +219,19 @@ def _launch(kernel, logits: Tensor, *operands: Tensor | None, soft_cap: float | 
             IGNORED=IGNORED,
             BLOCK_ROWS=block_rows,
             BLOCK_V=block_V,
-            num_warps=MAX_WARPS,
+            num_warps=NUM_WARPS,
         )
 
 
 @triton.jit
 def _rows(targets_ptr, num_rows, IGNORED: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """(the program's rows, whether they are there, their targets, whether they are scored)"""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # rows * V: int64
-    is_row = row < num_rows
-    target = tl.load(targets_ptr + row, mask=is_row, other=IGNORED)
-    return row, is_row, target, target != IGNORED
+    """The program's first row, in int64 as first * V passes 2**31; its rows counted from there,
+    whether they are there, their targets, whether they are scored."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    is_row = first + row < num_rows
+    target = tl.load(targets_ptr + first + row, mask=is_row, other=IGNORED)
+    return first, row, is_row, target, target != IGNORED
 
 
 @triton.jit
@@ -324,11 +325,14 @@ def _nll_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
+    first, row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
+    logits_ptr += first * V
     log_sum = _log_sum(logits_ptr, row, is_row, cap, V, HAS_CAP, BLOCK_ROWS, BLOCK_V)
-    _store_nll(logits_ptr, nll_ptr, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP)
+    _store_nll(
+        logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP
+    )
     if total_ptr is not None:
-        tl.store(total_ptr + row, log_sum, mask=is_row)
+        tl.store(total_ptr + first + row, log_sum, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -346,9 +350,11 @@ def _nll_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
-    log_sum = tl.load(total_ptr + row, mask=is_row, other=0.0)
-    dnll = tl.load(dnll_ptr + row, mask=is_scored, other=0.0).to(tl.float32)
+    first, row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
+    logits_ptr += first * V
+    log_sum = tl.load(total_ptr + first + row, mask=is_row, other=0.0)
+    dnll = tl.load(dnll_ptr + first + row, mask=is_scored, other=0.0).to(tl.float32)
+    dlogits_ptr += first * V
     _store_gradient(
         logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, cap, V, HAS_CAP, BLOCK_V
     )
@@ -369,12 +375,16 @@ def _nll_both_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
+    first, row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
+    logits_ptr += first * V
     log_sum = _log_sum(logits_ptr, row, is_row, cap, V, HAS_CAP, BLOCK_ROWS, BLOCK_V)
-    _store_nll(logits_ptr, nll_ptr, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP)
+    _store_nll(
+        logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP
+    )
     # In place another warp writes where the target's logit is read.
     tl.debug_barrier()
     dnll = tl.where(is_scored, 1 / tl.load(num_scored_ptr), 0.0)
+    dlogits_ptr += first * V
     _store_gradient(
         logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, cap, V, HAS_CAP, BLOCK_V
     )

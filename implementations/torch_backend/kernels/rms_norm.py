@@ -26,8 +26,9 @@ from implementations.engine import Unsupported
 TILE = 2048
 PER_WARP = 512
 MAX_WARPS = 16
-# Programs of the backward pass on a processor: rows of partial sums are a cost, idle memory too.
-PROGRAMS_A_PROCESSOR = 4
+# Warps of the backward pass on a processor: as many as find registers, 128 a thread. More programs
+# would only write more rows of partial sums.
+WARPS_A_PROCESSOR = 16
 
 
 def rms_norm(x_BTD: Tensor, scale_D: Tensor, eps: float, variant: str) -> Tensor:
@@ -154,7 +155,7 @@ def _backward(
     D = x_BTD.shape[-1]
     num_rows = x_BTD.numel() // D
     block_rows, block_D, num_warps = _tile(D)
-    num_programs = min(triton.cdiv(num_rows, block_rows), _num_programs(x_BTD))
+    num_programs = min(triton.cdiv(num_rows, block_rows), _num_programs(x_BTD, num_warps))
     dx_BTD = torch.empty_like(x_BTD)
     partial_PD = x_BTD.new_empty(num_programs, D, dtype=torch.float32)
     if num_rows:
@@ -184,12 +185,12 @@ def _tile(D: int) -> tuple[int, int, int]:
     return block_rows, block_D, num_warps
 
 
-def _num_programs(x: Tensor) -> int:
+def _num_programs(x: Tensor, num_warps: int) -> int:
     """Each walks over rows; away from a GPU (the interpreter) so few that each has several."""
     if not x.is_cuda:
         return 2
     properties = torch.cuda.get_device_properties(x.device)
-    return PROGRAMS_A_PROCESSOR * properties.multi_processor_count
+    return WARPS_A_PROCESSOR // num_warps * properties.multi_processor_count
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -206,22 +207,24 @@ def _rms_norm_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS  # int64: rows * D may pass 2**31
-    row = first + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(0) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, BLOCK_D)
-    mask = (row < num_rows)[:, None] & (channel < D)[None, :]
+    mask = (first + row < num_rows)[:, None] & (channel < D)[None, :]
+    # int64: num_rows * D passes 2**31 in the long sweeps; offsets within a tile need few registers.
+    start = first.to(tl.int64) * D
     at = row[:, None] * D + channel[None, :]
 
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        x += tl.load(branch_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(branch_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + at, rounded, mask=mask)
+        tl.store(sum_ptr + start + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
     scale = tl.load(scale_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)
     rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     y = x * rms_inverse[:, None] * (1 + scale)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -246,23 +249,24 @@ def _rms_norm_bwd_kernel(
     gain = (1 + scale)[None, :]
     dscale = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
 
+    row = tl.arange(0, BLOCK_ROWS)
+    at = row[:, None] * D + channel[None, :]
     num_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     # A stride of all programs: neighbours read neighbouring rows at one time.
     for block in tl.range(program, num_blocks, tl.num_programs(0), num_stages=2):
-        row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        mask = (row < num_rows)[:, None] & is_channel[None, :]
-        at = row[:, None] * D + channel[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        mask = (block * BLOCK_ROWS + row < num_rows)[:, None] & is_channel[None, :]
+        start = tl.cast(block, tl.int64) * (BLOCK_ROWS * D)
+        x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         unit = x * rms_inverse
+        dscale += dy * unit
         dunit = dy * gain
         along = (tl.sum(dunit * unit, 1) / D)[:, None]
         dx = rms_inverse * (dunit - unit * along)
         if HAS_DSUM:
-            dx += tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dscale += dy * unit
+            dx += tl.load(dsum_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + start + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     total = tl.sum(dscale, 0)
     tl.store(partial_ptr + program * D + channel, total, mask=is_channel)
