@@ -8,9 +8,9 @@ the warps that the launch itself chose. So nothing here repeats a configuration;
 
 Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
 thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
-(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared memory than a
-chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills, does not fit,
-or does not compile.
+(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared or tensor
+memory than a chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills,
+does not fit, or does not compile.
 """
 
 import argparse
@@ -44,6 +44,7 @@ class Chip:
     target: GPUTarget
     shared_bytes: int  # the most that one block may have
     max_grid_yz: int
+    tensor_columns: int = 0  # of tensor memory, where accumulators of matrix products lie
 
 
 # A100, H100 and H200, B200, MI300. CUDA C++ programming guide, table of compute capabilities
@@ -51,10 +52,9 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912, 65535),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448, 65535),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, 65535),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, 65535, tensor_columns=512),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, 2**31 - 1),
 }
-TENSOR_MEMORY_COLUMNS = 512  # of sm_100
 
 # The instructions that matter, as the rows name them, by what they are looked for as.
 INSTRUCTIONS = {
@@ -73,6 +73,7 @@ class Row:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_columns: int
     instructions: dict[str, int]  # by mnemonic, with the width in bits of a 16-byte load
 
     def total(self, kind: str) -> int:
@@ -255,17 +256,31 @@ def problems_of(row: Row) -> Iterator[str]:
     where = f"{row.kernel} on {row.target} ({row.config})"
     if row.spill_bytes:
         yield f"{where}: spills {row.spill_bytes} bytes with {row.registers} registers."
-    if row.shared_bytes > (limit := CHIPS[row.target].shared_bytes):
-        yield f"{where}: needs {row.shared_bytes} bytes of shared memory; the chip has {limit}."
+    chip = CHIPS[row.target]
+    for needed, limit, what in (
+        (row.shared_bytes, chip.shared_bytes, "bytes of shared memory"),
+        (row.tensor_columns, chip.tensor_columns, "columns of tensor memory"),
+    ):
+        if needed > limit:
+            yield f"{where}: needs {needed} {what}; the chip has {limit}."
 
 
 def print_table(rows: list[Row]) -> None:
-    heads = ("kernel", "target", "registers", "spill B", "shared B", "instructions", "config")
+    heads = (
+        "kernel",
+        "target",
+        "registers",
+        "spill B",
+        "shared B",
+        "TMEM",
+        "instructions",
+        "config",
+    )
     lines = [heads]
     for row in rows:
         seen = ", ".join(f"{name} {count}" for name, count in row.instructions.items())
-        numbers = (str(n) for n in (row.registers, row.spill_bytes, row.shared_bytes))
-        lines.append((row.kernel, row.target, *numbers, seen or "-", row.config))
+        numbers = (row.registers, row.spill_bytes, row.shared_bytes, row.tensor_columns)
+        lines.append((row.kernel, row.target, *map(str, numbers), seen or "-", row.config))
     widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
     for line in lines:
         print("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip())
@@ -358,8 +373,6 @@ def _call_real(op: CustomOpDef, *args, **kwargs):
 
 def _row(function: JITFunction, kernel, target: str) -> Row:
     metadata = kernel.metadata
-    if columns := getattr(metadata, "tmem_size", None):
-        assert columns <= TENSOR_MEMORY_COLUMNS, f"{function}: {columns} columns of tensor memory"
     read = _read_cuda if metadata.target.backend == "cuda" else _read_hip
     registers, spill_bytes, instructions = read(kernel)
     return Row(
@@ -369,6 +382,7 @@ def _row(function: JITFunction, kernel, target: str) -> Row:
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=metadata.shared,
+        tensor_columns=getattr(metadata, "tmem_size", None) or 0,
         instructions=instructions,
     )
 

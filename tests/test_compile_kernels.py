@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,13 @@ def test_too_much_shared_memory_is_found(target, asked):
     assert f"the chip has {CHIPS[target].shared_bytes}" in problem
 
 
+def test_too_much_tensor_memory_is_found():
+    (row,) = compile_launches(product(), "sm_100")
+    assert row.tensor_columns == 64  # of 128 rows and 4 bytes: the sum
+    (problem,) = problems_of(replace(row, tensor_columns=704))
+    assert "needs 704 columns of tensor memory; the chip has 512" in problem
+
+
 def test_scratch_memory_of_amd_is_a_spill():
     (row,) = compile_launches(product(block_k=1024), "gfx942")
     assert row.spill_bytes > 0
@@ -221,6 +229,7 @@ def test_the_command_prints_rows():
             "registers",
             "spill_bytes",
             "shared_bytes",
+            "tensor_columns",
             "instructions",
         }
     assert done.stderr.count("\n") == len(DTYPES)
