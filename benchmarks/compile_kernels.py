@@ -8,12 +8,13 @@ the warps that the launch itself chose. So nothing here repeats a configuration;
 
 Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
 thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
-(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared memory than a
-chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills, does not fit,
-or does not compile.
+(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared or tensor
+memory than a chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills,
+does not fit, or does not compile.
 """
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import re
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch._library.custom_ops import CustomOpDef
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -42,6 +44,7 @@ class Chip:
     target: GPUTarget
     shared_bytes: int  # the most that one block may have
     max_grid_yz: int
+    tensor_columns: int = 0  # of tensor memory, where accumulators of matrix products lie
 
 
 # A100, H100 and H200, B200, MI300. CUDA C++ programming guide, table of compute capabilities
@@ -49,10 +52,9 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912, 65535),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448, 65535),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, 65535),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448, 65535, tensor_columns=512),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, 2**31 - 1),
 }
-TENSOR_MEMORY_COLUMNS = 512  # of sm_100
 
 # The instructions that matter, as the rows name them, by what they are looked for as.
 INSTRUCTIONS = {
@@ -71,6 +73,7 @@ class Row:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    tensor_columns: int
     instructions: dict[str, int]  # by mnemonic, with the width in bits of a 16-byte load
 
     def total(self, kind: str) -> int:
@@ -79,9 +82,12 @@ class Row:
         return sum(count for name, count in self.instructions.items() if pattern.match(name))
 
 
-# --- What is compiled: the ops at the widths of the paper's 1b and 7b, on meta tensors.
+# --- What is compiled: every op on meta tensors, at the widths of the paper's 1b (D 2048, R 2560,
+# heads of 128) and with the heads of 256 of RecurrentGemma. B and T choose no kernel, except that
+# the split scans and the parts of a decode step are there for few sequences.
 
 DTYPES = ("bfloat16", "float32")
+B, T, D, F, R, N, V, WIDTH, WINDOW = 4, 8192, 2048, 6144, 2560, 16, 32000, 4, 1024
 
 
 def empty(*shape: int, dtype: str = "float32", grad: bool = True) -> torch.Tensor:
@@ -89,12 +95,112 @@ def empty(*shape: int, dtype: str = "float32", grad: bool = True) -> torch.Tenso
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
+def positions(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
 def backward(*outputs: torch.Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-# name of the op: a function of the dtype that calls it, and its backward, on meta tensors
-CASES: dict[str, Callable[[str], None]] = {}
+def linear_scan(dtype: str) -> None:
+    from implementations.torch_backend.kernels.linear_scan import linear_scan
+
+    for variant in ("triton", "triton_split"):
+        a_BTR, x_BTR = empty(B, T, R, dtype=dtype), empty(B, T, R, dtype=dtype)
+        backward(*linear_scan(a_BTR, x_BTR, empty(B, R), variant))
+
+
+def rg_lru(dtype: str) -> None:
+    from implementations.torch_backend.kernels.rg_lru import rg_lru
+
+    for variant in ("triton", "triton_split"):
+        for bias_R in (empty(R), None):
+            x_BTR, a_gate_BTR, input_gate_BTR = (empty(B, T, R, dtype=dtype) for _ in range(3))
+            inputs = (x_BTR, a_gate_BTR, input_gate_BTR, bias_R, bias_R, empty(R))
+            backward(*rg_lru(*inputs, positions(B, T), empty(B, R), variant))
+
+
+def attention(dtype: str) -> None:
+    from implementations.torch_backend.kernels.attention import attention
+
+    for head_dim in (128, 256):
+        k_BSKH, v_BSKH = (empty(B, T, 1, head_dim, dtype=dtype) for _ in range(2))
+        q_BTNH, index_BT = empty(B, T, N, head_dim, dtype=dtype), positions(B, T)
+        backward(attention(q_BTNH, k_BSKH, v_BSKH, index_BT, index_BT, "triton"))
+
+
+def attention_step(dtype: str) -> None:
+    from implementations.torch_backend.kernels.attention_step import attention_step
+
+    for head_dim in (128, 256):
+        for num_sequences in (1, 64):
+            one = empty(num_sequences, 1, head_dim, dtype=dtype, grad=False)
+            slots = empty(num_sequences, WINDOW, 1, head_dim, dtype=dtype, grad=False)
+            q_BNH = empty(num_sequences, N, head_dim, dtype=dtype, grad=False)
+            step = (one, one, positions(num_sequences), slots, slots.clone())
+            attention_step(q_BNH, *step, head_dim, 10000.0, "triton")
+
+
+def rope(dtype: str) -> None:
+    from implementations.torch_backend.kernels.rope import rope
+
+    for head_dim, rope_dim in ((128, 128), (256, 128)):
+        for num_heads in (N, 1):
+            x_BTNH = empty(B, T, num_heads, head_dim, dtype=dtype)
+            backward(rope(x_BTNH, positions(B, T), rope_dim, 10000.0, "triton"))
+
+
+def rms_norm(dtype: str) -> None:
+    from implementations.torch_backend.kernels.rms_norm import add_rms_norm, rms_norm
+
+    for width in (D, R):  # R is no power of two
+        x, branch = (empty(B, T, width, dtype=dtype) for _ in range(2))
+        backward(rms_norm(x, empty(width), 1e-6, "triton"))
+        backward(*add_rms_norm(x, branch, empty(width), 1e-6, "triton"))
+
+
+def gated_gelu(dtype: str) -> None:
+    from implementations.torch_backend.kernels.gated_gelu import gated_gelu
+
+    backward(gated_gelu(empty(B, T, F, dtype=dtype), empty(B, T, F, dtype=dtype), "triton"))
+
+
+def causal_conv(dtype: str) -> None:
+    from implementations.torch_backend.kernels.causal_conv import causal_conv
+
+    for bias_R, conv_BWR in ((empty(R), empty(B, WIDTH - 1, R, dtype=dtype)), (None, None)):
+        x_BTR, weight_WR = empty(B, T, R, dtype=dtype), empty(WIDTH, R)
+        backward(*causal_conv(x_BTR, weight_WR, bias_R, positions(B, T), conv_BWR, "triton"))
+
+
+def cross_entropy(dtype: str) -> None:
+    from implementations.torch_backend.kernels.cross_entropy import (
+        cross_entropy,
+        mean_cross_entropy,
+    )
+
+    backward(cross_entropy(empty(B, T, V, dtype=dtype), positions(B, T), "triton"))
+    for soft_cap in (None, 30.0):
+        x_BTD = empty(B, T, D, dtype=dtype)
+        backward(mean_cross_entropy(x_BTD, empty(V, D), positions(B, T), soft_cap, "triton"))
+
+
+# name: calls the op in one dtype, forward and backward
+CASES: dict[str, Callable[[str], None]] = {
+    case.__name__: case
+    for case in (
+        linear_scan,
+        rg_lru,
+        attention,
+        attention_step,
+        rope,
+        rms_norm,
+        gated_gelu,
+        causal_conv,
+        cross_entropy,
+    )
+}
 
 
 # --- The command
@@ -125,16 +231,18 @@ def compile_all(kernels: list[str], targets: list[str]) -> tuple[list[Row], list
     # spawn: a fork of a process with torch's threads may hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context) as pool:
-        futures = {job: pool.submit(_compile_case, *job) for job in jobs}
-        for (kernel, dtype, target), future in futures.items():
+        futures = {pool.submit(_compile_case, *job): job for job in jobs}
+        for future in as_completed(futures):
+            kernel, dtype, target = futures[future]
             if error := future.exception():
-                problems.append(f"{kernel} {dtype} {target}: {type(error).__name__}: {error}")
-                continue
-            found, seconds = future.result()
-            line = f"{target} {kernel} {dtype}: {len(found)} kernels in {seconds:.1f} s"
-            print(line, file=sys.stderr, flush=True)
-            rows += found
-    rows = list({json.dumps(asdict(row)): row for row in rows}.values())
+                said = f"{type(error).__name__}: {error}"
+                problems.append(f"{kernel} {dtype} on {target}: {said}")
+            else:
+                found, seconds = future.result()
+                said = f"{len(found)} kernels in {seconds:.1f} s"
+                rows += found
+            print(f"{target} {kernel} {dtype}: {said}", file=sys.stderr, flush=True)
+    rows = sorted({json.dumps(asdict(row)): row for row in rows}.values(), key=str)
     return rows, problems + [problem for row in rows for problem in problems_of(row)]
 
 
@@ -148,17 +256,31 @@ def problems_of(row: Row) -> Iterator[str]:
     where = f"{row.kernel} on {row.target} ({row.config})"
     if row.spill_bytes:
         yield f"{where}: spills {row.spill_bytes} bytes with {row.registers} registers."
-    if row.shared_bytes > (limit := CHIPS[row.target].shared_bytes):
-        yield f"{where}: needs {row.shared_bytes} bytes of shared memory; the chip has {limit}."
+    chip = CHIPS[row.target]
+    for needed, limit, what in (
+        (row.shared_bytes, chip.shared_bytes, "bytes of shared memory"),
+        (row.tensor_columns, chip.tensor_columns, "columns of tensor memory"),
+    ):
+        if needed > limit:
+            yield f"{where}: needs {needed} {what}; the chip has {limit}."
 
 
 def print_table(rows: list[Row]) -> None:
-    heads = ("kernel", "target", "registers", "spill B", "shared B", "instructions", "config")
+    heads = (
+        "kernel",
+        "target",
+        "registers",
+        "spill B",
+        "shared B",
+        "TMEM",
+        "instructions",
+        "config",
+    )
     lines = [heads]
     for row in rows:
         seen = ", ".join(f"{name} {count}" for name, count in row.instructions.items())
-        numbers = (str(n) for n in (row.registers, row.spill_bytes, row.shared_bytes))
-        lines.append((row.kernel, row.target, *numbers, seen or "-", row.config))
+        numbers = (row.registers, row.spill_bytes, row.shared_bytes, row.tensor_columns)
+        lines.append((row.kernel, row.target, *map(str, numbers), seen or "-", row.config))
     widths = [max(len(line[n]) for line in lines) for n in range(len(heads))]
     for line in lines:
         print("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip())
@@ -191,7 +313,11 @@ def compile_launches(run: Callable[[], None], target: str) -> list[Row]:
             compiled[kernel.hash] = _row(self, kernel, target)
         return kernel
 
-    with _driver(target), mock.patch.object(JITFunction, "run", record):
+    with (
+        _driver(target),
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(CustomOpDef, "__call__", _call_real),
+    ):
         run()
     return list(compiled.values())
 
@@ -228,10 +354,25 @@ def _driver(target: str) -> Iterator[None]:
         driver.set_active(before)
 
 
+def _call_real(op: CustomOpDef, *args, **kwargs):
+    """Calls a custom op of torch outside of the dispatcher, which on meta tensors runs the op's
+    fake, and a fake launches nothing."""
+    bound = inspect.signature(op._init_fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if op._backward_fn is None:
+        return op._init_fn(*bound.args, **bound.kwargs)
+    functions = {
+        "forward": op._init_fn,
+        "setup_context": op._setup_context_fn or (lambda ctx, inputs, output: None),
+        "backward": op._backward_fn,
+    }
+    functions = {name: staticmethod(function) for name, function in functions.items()}
+    real = type(op._init_fn.__name__, (torch.autograd.Function,), functions)
+    return real.apply(*bound.args, **bound.kwargs)
+
+
 def _row(function: JITFunction, kernel, target: str) -> Row:
     metadata = kernel.metadata
-    if columns := getattr(metadata, "tmem_size", None):
-        assert columns <= TENSOR_MEMORY_COLUMNS, f"{function}: {columns} columns of tensor memory"
     read = _read_cuda if metadata.target.backend == "cuda" else _read_hip
     registers, spill_bytes, instructions = read(kernel)
     return Row(
@@ -241,6 +382,7 @@ def _row(function: JITFunction, kernel, target: str) -> Row:
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=metadata.shared,
+        tensor_columns=getattr(metadata, "tmem_size", None) or 0,
         instructions=instructions,
     )
 
