@@ -115,7 +115,7 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
             num_checks += 1
             if is_kept(check.field) and check.ours is not None:
                 kept[check.field] = check.ours
-            error, limit = check.error, limit_of(check.field, run.dtype, run.backend)
+            error, limit = check.error, limit_of(check.field, run)
             if error.exceeds(limit):
                 red.append((check, error, limit))
             yield from samples(check, error, limit)

@@ -37,9 +37,9 @@ def climbs():
 
 
 def test_both_backends_are_within_every_tolerance(climbs):
-    for backend, (run, checks) in climbs.items():
+    for run, checks in climbs.values():
         for one in checks:
-            limit = limit_of(one.field, run.dtype, backend)
+            limit = limit_of(one.field, run)
             assert not one.error.exceeds(limit), parity.words(one, one.error, limit)
 
 
@@ -134,7 +134,7 @@ def test_errors_are_relative_to_the_largest_and_to_the_root_mean_square():
 
 def test_a_field_without_a_measured_tolerance_says_what_to_do():
     with pytest.raises(ValueError, match="--calibrate"):
-        limit_of("L4/nothing like it", "float32", "jax")
+        limit_of("L4/nothing like it", run_of("parity", "jax", "float32"))
     assert kind_of("L4/grad/layers.11.mixer.rg_lru.a_param") == "grad/layers.*.mixer.rg_lru.a_param"
 
 
@@ -149,12 +149,12 @@ def test_every_tolerance_is_the_multiple_of_what_was_measured():
     assert found["margin"] == calibrate.MARGIN
     assert found["training"]["growth"] == calibrate.GROWTH
     num_checked = 0
-    for section in ("ours", "peer"):
+    for section in ("ours", "triton", "peer"):
         for dtype, fields in found[section].items():
             for kind, entry in fields.items():
                 most = calibrate.tolerance(entry["measured"], entry["measured_rms"], dtype)
                 assert (entry["largest"], entry["rms"]) == most, (section, dtype, kind)
-                assert entry["n"] >= found["draws"]
+                assert section == "triton" or entry["n"] >= found["draws"]
                 num_checked += 1
     assert num_checked > 800
 

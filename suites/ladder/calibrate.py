@@ -12,13 +12,14 @@ from typing import Any
 
 from suites.harness import provenance
 from suites.harness.run import Run
-from suites.ladder.check import dtype_of, kind_of, level_of
-from suites.ladder.plan import PEER, gate, need_peer
+from suites.ladder.check import dtype_of, kind_of, level_of, section_of
+from suites.ladder.plan import gate, need_peer
 from suites.ladder.survey import Draw, Request, draws, in_parallel
 from suites.ladder.tables import name_of
 
 NUM_DRAWS = 20  # of Griffin, which has every mixer
 NUM_OTHER_DRAWS = 7  # of each other family
+NUM_INTERPRETED_DRAWS = 5  # of each family: a minute each; what they need beyond `ours` is kept
 MARGIN = {
     "truth": {"largest": 4.0, "rms": 4.0},  # of finite differences; FLOOR: of larger models' too
     "float64": {"largest": 4.0, "rms": 2.5},
@@ -39,24 +40,43 @@ def calibrate(*, on_end: Callable[[int, int, str], None]) -> Path:
     """Measures, and writes the file. ValueError where a run fails or breaks a promise."""
     need_peer()
     requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in gate([])]
-    seen: Seen = {"ours": {}, "peer": {}}
+    seen: Seen = {"ours": {}, "triton": {}, "peer": {}}
     ends = in_parallel(requests, draws)
     for number, (request, found) in enumerate(ends, start=1):
         for draw in found:
             _add(seen, request.run, draw)
         on_end(number, len(requests), name_of(request.run))
+    seen["triton"] = {
+        dtype: {kind: entry for kind, entry in fields.items() if _is_wider(seen, dtype, kind)}
+        for dtype, fields in seen["triton"].items()
+    }
     PATH.write_text(_text(seen), encoding="utf-8")
     return PATH
 
 
 def _num_draws(run: Run) -> int:
+    if run.kernels.interpret:
+        return NUM_INTERPRETED_DRAWS
     return NUM_DRAWS if run.model.family == "griffin" else NUM_OTHER_DRAWS
+
+
+def _is_wider(seen: Seen, dtype: str, kind: str) -> bool:
+    """Whether Triton's kernels need more than what the others leave them."""
+    theirs, ours = (
+        tolerance(*_measured(seen[name][dtype][kind]), dtype) for name in ("triton", "ours")
+    )
+    return theirs[0] > ours[0] or theirs[1] > ours[1]
+
+
+def _measured(entry: dict[str, float]) -> tuple[float, ...]:
+    """As the file holds it."""
+    return tuple(float(f"{entry[which]:.2e}") for which in ("largest", "rms"))
 
 
 def _add(seen: Seen, run: Run, draw: Draw) -> None:
     if draw.failure:
         raise ValueError(f"{name_of(run)}: {draw.failure}")
-    by_dtype = seen["peer" if run.backend == PEER else "ours"]
+    by_dtype = seen[section_of(run)]
     for field, (largest, rms) in draw.errors.items():
         level = level_of(field)
         if not math.isfinite(largest) or (level == "L1" and largest > MOST_OF_AN_OP):
@@ -96,7 +116,8 @@ def _text(seen: Seen) -> str:
         "# What parity allows, by kind of field and dtype: a multiple (margin) of the largest",
         "# error measured. largest: of one element, over the largest true one; rms: both as root",
         "# mean squares. n: tensors compared, over seeds, families, settings, layers, kernels and",
-        "# both backends; peer: transformers' RecurrentGemma. Written by the command: do not edit.",
+        "# both backends; triton: what its kernels, interpreted, need beyond those; peer:",
+        "# transformers' RecurrentGemma. Written by the command: do not edit.",
         *(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}"
           for key, value in head.items()),
         "margin:",
@@ -113,7 +134,7 @@ def _text(seen: Seen) -> str:
 
 
 def _entry(entry: dict[str, Any], dtype: str) -> str:
-    measured, measured_rms = (float(f"{entry[which]:.2e}") for which in ("largest", "rms"))
+    measured, measured_rms = _measured(entry)
     largest, rms = tolerance(measured, measured_rms, dtype)
     return (
         f"{{largest: {largest:.1e}, rms: {rms:.1e}, measured: {measured:.2e}, "

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from implementations.engine import auto
 from suites.harness.measure import sample
 from suites.harness.record import Sample
+from suites.harness.run import Run
 
 LEVELS = {
     "L0": "parameter tree: names, shapes, values, round trip",
@@ -116,13 +118,13 @@ def tolerances() -> dict[str, Any]:
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def limit_of(field: str, dtype: str, backend: str) -> Error:
+def limit_of(field: str, run: Run) -> Error:
     """The tolerance of a field. What must be exact, the parameter tree, has none. ValueError where
     none was measured."""
     if level_of(field) == "L0":
         return Error(0.0, 0.0)
-    dtype = dtype_of(field, dtype)
-    entry = section(backend, dtype).get(kind_of(field))
+    dtype = dtype_of(field, run.dtype)
+    entry = section(run, dtype).get(kind_of(field))
     if entry is None:
         raise ValueError(
             f"{kind_of(field)!r} in {dtype} is not in tolerances.yaml: aerie parity --calibrate."
@@ -135,10 +137,20 @@ def dtype_of(field: str, dtype: str) -> str:
     return "truth" if level_of(field) == "truth" else dtype
 
 
-def section(backend: str, dtype: str) -> dict[str, Any]:
-    """Tolerances by kind of field: one set for both of our backends, one for a peer."""
-    name = "peer" if backend == "transformers" else "ours"
-    return tolerances()[name].get(dtype, {})
+def section(run: Run, dtype: str) -> dict[str, Any]:
+    """Tolerances by kind of field: one set for both of our backends, one for a peer; and for the
+    kernels of Triton those that must be wider, such as where they keep a state in bfloat16."""
+    name = section_of(run)
+    shared = tolerances()["peer" if name == "peer" else "ours"].get(dtype, {})
+    return shared | tolerances()["triton"].get(dtype, {}) if name == "triton" else shared
+
+
+def section_of(run: Run) -> str:
+    """Under which name the errors of a run are counted."""
+    if run.backend == "transformers":
+        return "peer"
+    variants = auto(run.backend, run.device_kind) | run.kernels.chosen
+    return "triton" if any(name.startswith("triton") for name in variants.values()) else "ours"
 
 
 def to_bfloat16(value: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ INTERPRETED = ("triton", "pallas")  # on a CPU
 
 def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
     """The rungs of the gate, or those of `levels`, in all dtypes; with the kernels that `auto`
-    stands for, and in float32 with each of the others; the peer where it can be compared."""
+    stands for, and in float32 with each of the others (interpreted ones in bfloat16 too); the peer
+    where it can be compared."""
     typed = compose.parse(overrides)
     levels = list(levels)
     dtypes = sorted(
@@ -38,7 +39,10 @@ def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
     base = _expand([*made, *overrides, f"suite.levels=[{','.join(levels)}]"])
     runs = list(base)
     if not any(key.startswith("kernels.") for key in typed):
-        runs += _other_kernels(run for run in base if run.dtype == "float32")
+        others = list(_other_kernels(run for run in base if run.dtype == "float32"))
+        runs += others
+        if any(run.dtype == "bfloat16" for run in base):  # what they are made for
+            runs += [replace(run, dtype="bfloat16") for run in others if run.kernels.interpret]
     is_comparable = not levels or {"L4", "L7"} & set(levels)
     if "backend" not in typed and provenance.versions()[PEER] and is_comparable:
         runs += peer_runs(base)

@@ -125,9 +125,7 @@ def _parts(defect: Defect, plain: list[Run]) -> Iterator[Run]:
 
 def _red(run: Run, draw: Draw) -> list[str]:
     return [
-        field
-        for field, error in draw.errors.items()
-        if Error(*error).exceeds(limit_of(field, run.dtype, run.backend))
+        field for field, error in draw.errors.items() if Error(*error).exceeds(limit_of(field, run))
     ]
 
 

@@ -14,7 +14,16 @@ from suites import compose, parity
 from suites.harness import plan
 from suites.harness.record import record_path
 from suites.harness.run import Run
-from suites.ladder.check import LEVELS, Error, error_of, kind_of, level_of, limit_of, section
+from suites.ladder.check import (
+    LEVELS,
+    Error,
+    dtype_of,
+    error_of,
+    kind_of,
+    level_of,
+    limit_of,
+    section,
+)
 
 HEADER = ["level", "backend", "dtype", "what", "checks", "largest", "tolerance", "rms",
           "tolerance", "measured", "verdict", "worst at"]  # fmt: skip
@@ -59,6 +68,9 @@ def _row(run: Run, field: str, at: int | None, error: Error, limit: Error) -> di
         "at": at,
         "largest": error.largest if is_number else None,
         "rms": error.rms if is_number else None,
+        "measured": section(run, dtype_of(field, run.dtype))
+        .get(kind_of(field), {})
+        .get("measured"),
         "tolerance": limit.largest,
         "rms_tolerance": limit.rms,
         "share": share if np.isfinite(share := error.share(limit)) else None,
@@ -85,14 +97,13 @@ def _table(rows: Iterable[dict[str, Any]], what_of: Callable[[dict], str]) -> li
     for (level, backend, dtype, what), members in sorted(groups.items(), key=lambda g: g[0][:3]):
         worst = max(members, key=_share)
         red = sum(not row["is_within"] for row in members)
-        known = section(backend, dtype).get(kind_of(worst["field"]), {})
         place = [worst["family"], worst["settings"], worst["kernels"], worst["field"]]
         if worst["at"] is not None:
             place.append(f"step {worst['at']}")
         made.append(
             [level, backend, dtype, what, f"{len(members):,}", number(worst["largest"]),
              number(worst["tolerance"]), number(worst["rms"]), number(worst["rms_tolerance"]),
-             "twin" if worst["at"] is not None else number(known.get("measured")),
+             "twin" if worst["at"] is not None else number(worst["measured"]),
              f"RED ({red})" if red else "green", " ".join(filter(None, place))]
         )  # fmt: skip
     return made
@@ -229,7 +240,7 @@ def beside(store: Path, shown: Shown, other: str, folder: Path | None) -> Iterat
         ours, true = parity.load(mine), parity.load(theirs)
         for field in dict.fromkeys((*true, *ours)):
             error = error_of(ours.get(field), true[field]) if field in true else error_of(None, ())
-            yield _row(run, field, None, error, limit_of(field, run.dtype, run.backend))
+            yield _row(run, field, None, error, limit_of(field, run))
 
 
 def by_run(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -88,7 +88,7 @@ def _true(
 ) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
     """(loss before the step, parameters after it) in float64, or of the twin."""
     rng = np.random.default_rng([run.seed, 4])
-    noise = section(run.backend, "float32")
+    noise = section(run, "float32")
     params = {name: value.astype(np.float64) for name, value in start.items()}
     zeros = {name: np.zeros_like(value) for name, value in params.items()}
     moments = (zeros, zeros)
