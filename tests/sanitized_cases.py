@@ -13,6 +13,7 @@ from implementations.torch_backend.kernels.cross_entropy import cross_entropy, m
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
 from implementations.torch_backend.kernels.rg_lru import rg_lru
+from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
 from implementations.torch_backend.kernels.rms_norm import add_rms_norm, rms_norm
 from implementations.torch_backend.kernels.rope import rope
 
@@ -69,6 +70,15 @@ def decode(x: Inputs) -> Tensor:
         return attention_step(*step, *slots, H, 10000.0, "triton")
 
 
+def decode_recurrence(x: Inputs) -> Tensor:
+    """A step of 3 gate blocks in place, so without gradients."""
+    with torch.no_grad():
+        state = (x(B, WIDTH - 1, 69).detach(), x.wide(B, 69).detach())
+        weights = (x.wide(WIDTH, 69), x.wide(69), x(3, 23, 23), x(3, 23, 23))
+        biases = (x.wide(69), x.wide(69), x.wide(69))
+        return rg_lru_step(x(B, 69), x(B, 69), *weights, *biases, torch.full((B,), 5), *state)
+
+
 OPS = {
     "linear_scan": lambda x: scan(x, "triton", T),
     "linear_scan_split": lambda x: scan(x, "triton_split", LONG),
@@ -87,6 +97,7 @@ OPS = {
     "rope": lambda x: rope(x(B, T, N, H), positions(), H // 2, 10000.0, "triton"),
     "attention": attend,
     "attention_step": decode,
+    "rg_lru_step": decode_recurrence,
 }
 
 

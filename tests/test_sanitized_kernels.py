@@ -17,6 +17,7 @@ OPS = (
     "rope",
     "attention",
     "attention_step",
+    "rg_lru_step",
 )
 
 

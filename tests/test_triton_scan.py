@@ -1,0 +1,81 @@
+"""linear_scan, the fused RG-LRU and its decode step in Triton, interpreted, against float64.
+
+Tolerances are those of parity, where the same fields are measured (tolerances.yaml).
+"""
+
+import pytest
+
+from suites.ladder.check import tolerances
+
+CASES = "triton_scan_cases"
+
+# Pairwise over variant, length, channels, documents and dtype, not the full product.
+SCANS = [
+    ("triton", 1, 1, 3, "later", "float32"),
+    ("triton", 2, 1, 65, "one", "bfloat16"),
+    ("triton", 2, 7, 65, "each", "float32"),
+    ("triton", 1, 7, 1024, "some", "bfloat16"),
+    ("triton", 1, 100, 3, "some", "bfloat16"),
+    ("triton", 2, 100, 65, "later", "float32"),
+    ("triton", 1, 257, 65, "some", "float32"),
+    ("triton", 1, 257, 3, "each", "bfloat16"),
+    ("triton", 1, 64, 1024, "later", "float32"),  # whole tiles
+    ("triton_split", 1, 1, 65, "later", "float32"),
+    ("triton_split", 1, 7, 3, "some", "bfloat16"),
+    ("triton_split", 2, 256, 3, "later", "float32"),  # one whole chunk
+    ("triton_split", 1, 257, 65, "later", "float32"),  # and one step more
+    ("triton_split", 1, 257, 1024, "some", "bfloat16"),
+    ("triton_split", 1, 600, 3, "later", "bfloat16"),
+    ("triton_split", 2, 600, 65, "some", "float32"),
+    ("triton_split", 1, 600, 3, "each", "float32"),
+]
+
+
+@pytest.mark.parametrize(("variant", "B", "T", "R", "documents", "dtype"), SCANS)
+@pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
+def test_a_scan_and_its_gradients_are_true(interpreted, op, variant, B, T, R, documents, dtype):
+    shape = {"B": B, "T": T, "R": R, "documents": documents}
+    found = interpreted(CASES, "op_errors", op=op, **shape, variant=variant, dtype=dtype)
+    assert found
+    within(found, op, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["triton", "triton_split"])
+def test_gates_without_biases(interpreted, variant, dtype):
+    shape = {"B": 1, "T": 300, "R": 8, "documents": "some", "biases": False}
+    found = interpreted(CASES, "op_errors", op="rg_lru", **shape, variant=variant, dtype=dtype)
+    assert "da_gate.bias" not in found
+    within(found, "rg_lru", dtype)
+
+
+@pytest.mark.parametrize("variant", ["triton", "triton_split"])
+def test_any_strides(interpreted, variant):
+    within(interpreted(CASES, "strided_errors", variant=variant), "linear_scan", "float32")
+
+
+# Batch, channels, gate blocks, conv_width.
+STEPS = [(1, 3, 1, 4), (3, 96, 4, 4), (17, 160, 2, 2), (2, 65, 5, 1), (1, 1024, 16, 4)]
+# Of the largest true value, and as root mean squares: measured 3.3e-7 and 1.4e-7, 7.0e-3, 2.9e-3.
+STEP_TOLERANCE = {"float32": (2e-6, 1e-6), "bfloat16": (2e-2, 6e-3)}
+
+
+@pytest.mark.parametrize("dtype", STEP_TOLERANCE)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "none"])
+@pytest.mark.parametrize(("B", "R", "G", "conv_width"), STEPS)
+def test_steps_are_the_recurrence(interpreted, B, R, G, conv_width, biases, dtype):
+    shape = {"B": B, "R": R, "G": G, "conv_width": conv_width, "biases": biases}
+    found = interpreted(CASES, "step_errors", **shape, dtype=dtype)
+    assert found.pop("conv_BWR")[0] == 0.0
+    largest, rms = STEP_TOLERANCE[dtype]
+    assert not {k: v for k, v in found.items() if v[0] > largest or (v[1] or 0) > rms}
+
+
+def within(found: dict[str, tuple[float, float | None]], op: str, dtype: str) -> None:
+    limits = tolerances()["ours"][dtype] | tolerances()["triton"].get(dtype, {})
+    beyond = {}
+    for name, (largest, rms) in found.items():
+        limit = limits[f"{op}/{name}"]
+        if largest > limit["largest"] or (rms is not None and rms > limit["rms"]):
+            beyond[name] = (largest, rms, limit)
+    assert not beyond
