@@ -4,12 +4,12 @@ import pytest
 
 CASES = "triton_attention_cases"
 
-# Of the largest true value; measured 6e-7 and 5e-3. A bfloat16 result is rounded to 2e-3 of itself.
+# Of the largest true value; measured 8e-7 and 5e-3. A bfloat16 result is rounded to 2e-3 of itself.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 # RoPE is compared with `plain`: the same float32 angles.
 ROPE_TOLERANCE = {"float32": 3e-7, "bfloat16": 4e-3}
-# In float32, angles of plain and Triton are 6e-8 of the position off; furthest 140 radians.
-STEP_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# To `plain` in float64: a float32 angle is 6e-8 of the position off, of which the furthest is 466.
+STEP_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
 
 
 def check(errors: dict[str, float], tolerance: float) -> None:

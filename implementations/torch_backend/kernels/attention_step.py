@@ -23,7 +23,6 @@ from implementations.torch_backend.kernels.rope import float32_rates, rope, rota
 # flight in each, ask for more than its memory's latency times bandwidth.
 ENOUGH_PROGRAMS = 264
 MIN_PART = 64  # slots: 64 of 128 channels in bfloat16 are such a stage
-NUM_STAGES = 2
 PARTS_AT_ONCE = 16  # of one head, when they are put together
 
 
@@ -154,12 +153,14 @@ def parts_of(num_slots: int, num_rows: int) -> tuple[int, int]:
 
 
 def blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of as many slots as compile without a spill: products of float32 take many registers."""
-    if dtype == torch.float32:
-        return {"BLOCK_S": 32 if head_dim <= 128 else 16, "num_warps": 8, "num_stages": NUM_STAGES}
-    if head_dim > 128:
-        return {"BLOCK_S": 32, "num_warps": 8, "num_stages": NUM_STAGES}
-    return {"BLOCK_S": 64, "num_warps": 4, "num_stages": NUM_STAGES}
+    """As many slots as compile without a spill: products of float32 take many registers."""
+    slots, num_warps, num_stages = {
+        (torch.bfloat16, True): (64, 4, 2),
+        (torch.bfloat16, False): (32, 8, 2),
+        (torch.float32, True): (32, 8, 2),
+        (torch.float32, False): (16, 8, 1),
+    }[dtype, head_dim <= 128]
+    return {"BLOCK_S": slots, "num_warps": num_warps, "num_stages": num_stages}
 
 
 @triton.jit(do_not_specialize=["S", "part_len"])

@@ -41,8 +41,7 @@ def rates(half: int, base: float, dtype: torch.dtype, device: torch.device) -> T
 
 @cache  # the launches that make the rates cost more than a kernel that reads them
 def float32_rates(half: int, base: float, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return rates(half, base, torch.float32, device)
+    return rates(half, base, torch.float32, device)
 
 
 def _plain(x_BTNH: Tensor, position_BT: Tensor, rope_dim: int, base: float) -> Tensor:
