@@ -8,9 +8,9 @@ the warps that the launch itself chose. So nothing here repeats a configuration;
 
 Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
 thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
-(on AMD its scratch). The compiler does not refuse a kernel that asks for more shared or tensor
-memory than a chip has, the launch does; so it is compared here. Exit code 1 when a kernel spills,
-does not fit, or does not compile.
+(on AMD its scratch, and 4 bytes for each spilled scalar register). The compiler does not refuse a
+kernel that asks for more shared or tensor memory than a chip has, the launch does; so it is
+compared here. Exit code 1 when a kernel spills, does not fit, or does not compile.
 """
 
 import argparse
@@ -62,6 +62,7 @@ INSTRUCTIONS = {
     "load_16_bytes": r"(?:LDG|LDGSTS)\b.*\.(?:128|256)(?![0-9A-Z])|(?:global|buffer)_load_dwordx4",
     "async_copy": r"LDGSTS|UTMALDG|UBLKCP|(?:global|buffer)_load_\w*lds",
     "local": r"LDL|STL|scratch_",
+    "lane": r"v_writelane",  # how AMD spills a scalar: into a lane of a vector register
 }
 
 
@@ -255,7 +256,9 @@ def _compile_case(kernel: str, dtype: str, target: str) -> tuple[list[Row], floa
 def problems_of(row: Row) -> Iterator[str]:
     where = f"{row.kernel} on {row.target} ({row.config})"
     if row.spill_bytes:
-        yield f"{where}: spills {row.spill_bytes} bytes with {row.registers} registers."
+        place = "memory" if row.total("local") else "lanes of vector registers, not to memory"
+        place = f"{row.spill_bytes} bytes to {place}"
+        yield f"{where}: spills {place}, with {row.registers} registers."
     chip = CHIPS[row.target]
     for needed, limit, what in (
         (row.shared_bytes, chip.shared_bytes, "bytes of shared memory"),

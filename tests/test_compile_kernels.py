@@ -17,6 +17,9 @@ from benchmarks import compile_kernels
 from benchmarks.compile_kernels import CASES, CHIPS, DTYPES, compile_launches, empty, problems_of
 
 ROOT = Path(__file__).parent.parent
+# The matrix instructions of each chip's own generation, and the ops that live by their loads.
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+STREAMING = ("linear_scan", "rg_lru")
 
 
 @triton.jit
@@ -138,7 +141,7 @@ def test_a_spill_is_found_and_counted_as_ptxas_counts_it(monkeypatch, capfd):
     assert row.spill_bytes == int(said[1]) + int(said[2]) > 0
     assert row.total("local")
     (problem,) = problems_of(row)
-    assert f"spills {row.spill_bytes} bytes with {row.registers} registers" in problem
+    assert f"spills {row.spill_bytes} bytes to memory, with {row.registers} registers" in problem
 
 
 def test_the_backward_of_an_op_is_compiled_as_it_launches():
@@ -206,6 +209,11 @@ def check(op: str, dtype: str, target: str) -> None:
     rows = compile_launches(lambda: CASES[op](dtype), target)
     assert rows, f"{op} launches no kernel"
     assert not [problem for row in rows for problem in problems_of(row)]
+    for row in rows:
+        if op == "attention" and dtype == "bfloat16":
+            assert any(name.startswith(MATRIX[target]) for name in row.instructions), row
+        if op in STREAMING and target != "gfx942":  # which pipelines through registers
+            assert row.instructions.get("LDGSTS.128"), row
 
 
 @pytest.mark.slow
