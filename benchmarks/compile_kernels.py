@@ -122,6 +122,23 @@ def rg_lru(dtype: str) -> None:
             backward(*rg_lru(*inputs, positions(B, T), empty(B, R), variant))
 
 
+def rg_lru_step(dtype: str) -> None:
+    from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
+
+    for width, num_blocks in ((R, 16), (4096, 16)):
+        for num_sequences in (1, 64):
+            x_BR = empty(num_sequences, width, dtype=dtype, grad=False)
+            block = width // num_blocks
+            weight_GIJ = empty(num_blocks, block, block, dtype=dtype, grad=False)
+            bias_R = empty(width, grad=False)
+            conv_BWR = empty(num_sequences, WIDTH - 1, width, dtype=dtype, grad=False)
+            rg_lru_step(
+                x_BR, x_BR, empty(WIDTH, width, dtype=dtype, grad=False), bias_R, weight_GIJ,
+                weight_GIJ, bias_R, bias_R, bias_R, positions(num_sequences), conv_BWR,
+                empty(num_sequences, width, grad=False),
+            )  # fmt: skip
+
+
 def attention(dtype: str) -> None:
     from implementations.torch_backend.kernels.attention import attention
 
@@ -193,6 +210,7 @@ CASES: dict[str, Callable[[str], None]] = {
     for case in (
         linear_scan,
         rg_lru,
+        rg_lru_step,
         attention,
         attention_step,
         rope,
