@@ -144,3 +144,34 @@ def test_a_length_is_one_program_on_an_empty_cache_and_on_a_full_one():
     _, cache = engine.extend(tokens_BT[:, :5], engine.empty_cache(B, capacity=T))
     engine.extend(tokens_BT[:, 5:10], cache)
     assert programs._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("model", ["griffin", "mqa"])
+def test_a_captured_step_serves_every_cache(monkeypatch, model):
+    """As on a GPU, where a graph of the step has a cache of its own; here what it captured is
+    called again."""
+    engine_module = import_module("implementations.torch_backend.engine")
+    config = MODELS[model]
+    plain, captured = (load_engine("torch")(config, seed=1) for _ in range(2))
+    monkeypatch.setattr(engine_module, "capture", lambda function: function)
+    captured._is_captured = True
+    prompts = np.random.default_rng(3).integers(config.vocab_size, size=(2, B, 11)).astype(np.int32)
+
+    def both(engine):
+        """Two caches of one shape, decoded in turn, and one of another shape."""
+        caches = [engine.prefill(prompt_BT, capacity=40) for prompt_BT in prompts]
+        found = []
+        for num_tokens in (5, 3):
+            for index, (token_B, cache) in enumerate(caches):
+                tokens_BT, cache = engine.decode(token_B, cache, num_tokens=num_tokens)
+                caches[index] = (tokens_BT[:, -1], cache)
+                found.append(tokens_BT.numpy())
+        token_B, cache = engine.prefill(prompts[0, :1], capacity=40)
+        found.append(engine.decode(token_B, cache, num_tokens=20)[0].numpy())
+        empty = engine.empty_cache(B, capacity=12)
+        found.append(engine.decode(np.zeros(B, np.int64), empty, num_tokens=12)[0].numpy())
+        return found
+
+    for want, got in zip(both(plain), both(captured), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert len(captured._graphs) == {"griffin": 2, "mqa": 3}[model]  # a ring has one size

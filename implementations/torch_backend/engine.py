@@ -4,6 +4,8 @@ Twin: implementations/jax_backend/engine.py.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,8 @@ DECODE_OPTIONS = {
     "cuda": UNCHANGED,
 }
 MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
+
+Step = Callable[[Tensor, Tensor, tuple], tuple[Tensor, Tensor, tuple]]  # token, position, states
 
 
 class Cache(NamedTuple):
@@ -96,6 +100,7 @@ class Engine:
             interpreter.mend()
         self.kernels = kernels
         self.resolved_kernels = resolved | {"program": "compiled" if kernels.compile else "eager"}
+        self._is_captured = self.device.type != CPU
         self.device_name = (
             CPU if self.device.type == CPU else torch.cuda.get_device_name(self.device)
         )
@@ -235,17 +240,19 @@ class Engine:
         token_B = torch.as_tensor(np.asarray(token_B) if isinstance(token_B, list) else token_B)
         token_B = token_B.to(self.device, torch.int64)
         position_BT = torch.full((token_B.shape[0], 1), position, device=self.device)
-        model, tokens = self._compute_model, []
+        step = partial(self._decode_step, self._settings, self._compute_model)
+        if self._is_captured:
+            step = self._captured(step, token_B, position_BT, states)
+        tokens = []
         for _ in range(num_tokens):
-            token_B, position_BT, states = self._decode_step(
-                self._settings, model, token_B, position_BT, states
-            )
+            token_B, position_BT, states = step(token_B, position_BT, states)
             tokens.append(token_B)
+        if isinstance(step, Graph):
+            states = copied(states)  # the graph's own serve other caches too
         return torch.stack(tokens, 1), Cache(states, position + num_tokens)
 
     def num_bytes(self, cache: Cache) -> int:
-        leaves = (leaf for state in cache.states for leaf in state if isinstance(leaf, Tensor))
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(cache.states))
 
     def synchronize(self) -> None:
         if self.device.type != CPU:
@@ -266,7 +273,16 @@ class Engine:
             model.cast(self._cast_model)
         return self._cast_model
 
+    def _captured(self, step: Step, token_B: Tensor, position_BT: Tensor, states: tuple) -> "Graph":
+        """The graph of a step on caches of this shape: made once, for these weights in place."""
+        shapes = (tuple(leaf.shape for leaf in leaves(states)), token_B.shape)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = Graph(step, token_B, position_BT, states)
+        self._graphs[shapes].load(token_B, position_BT, states)
+        return self._graphs[shapes]
+
     def _drop_cast(self) -> None:
+        self._graphs: dict[tuple, Graph] = {}
         self._cast_model = self.model if self.dtype == self.master_dtype else None
 
     def _compiled(self, function: Any, options: dict[str, Any] | None = None) -> Any:
@@ -306,6 +322,65 @@ class Engine:
             capacity = state.k_BSKH.shape[1] if name == "mqa" else end
             if capacity < end and capacity != W:
                 raise ValueError(f"the cache holds capacity={capacity} positions, not {end}.")
+
+
+class Graph:
+    """A decode step as a CUDA graph: all its kernels are launched at once, without Python between
+    them, on a token, a position and a cache of its own."""
+
+    def __init__(self, step: Step, token_B: Tensor, position_BT: Tensor, states: tuple) -> None:
+        self.inputs = (token_B.clone(), position_BT.clone(), copied(states))
+
+        def advance() -> None:
+            self._write(*step(*self.inputs))
+
+        self.replay = capture(advance)
+
+    def load(self, token_B: Tensor, position_BT: Tensor, states: tuple) -> None:
+        self._write(token_B, position_BT, states)
+
+    def __call__(
+        self, token_B: Tensor, position_BT: Tensor, states: tuple
+    ) -> tuple[Tensor, Tensor, tuple]:
+        """The next of what is loaded; the arguments are what the last call gave."""
+        self.replay()
+        token_B, position_BT, states = self.inputs
+        return token_B.clone(), position_BT, states
+
+    def _write(self, token_B: Tensor, position_BT: Tensor, states: tuple) -> None:
+        for mine, new in zip(
+            (*self.inputs[:2], *leaves(self.inputs[2])),
+            (token_B, position_BT, *leaves(states)),
+            strict=True,
+        ):
+            if mine is not new:
+                mine.copy_(new)
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """Launches again what the function launched, which runs before, to compile its kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def leaves(states: tuple) -> list[Tensor]:
+    return [leaf for state in states for leaf in state if isinstance(leaf, Tensor)]
+
+
+def copied(states: tuple) -> tuple:
+    """The same states elsewhere, every one with slots to read."""
+    return tuple(
+        type(state)(*(leaf.clone() for leaf in state if isinstance(leaf, Tensor)))
+        for state in states
+    )
 
 
 def next_token(model: model.Model, x_BTD: Tensor) -> Tensor:

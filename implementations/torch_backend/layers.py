@@ -123,7 +123,7 @@ class Embedding(nn.Module):
 
     def embed(self, tokens_BT: Tensor, dtype: torch.dtype, *, is_scaled: bool) -> Tensor:
         x_BTD = F.embedding(tokens_BT, self.weight).to(dtype)
-        return x_BTD * x_BTD.new_tensor(x_BTD.shape[-1] ** 0.5) if is_scaled else x_BTD
+        return x_BTD * x_BTD.new_full((), x_BTD.shape[-1] ** 0.5) if is_scaled else x_BTD
 
     def unembed(self, x_BTD: Tensor, soft_cap: float | None) -> Tensor:
         """Logits, float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""

@@ -36,8 +36,13 @@ NUM_WARPS = 4
 
 def unembed(x: Tensor, weight_VD: Tensor, soft_cap: float | None) -> Tensor:
     """Logits, float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = F.linear(x.to(wide), weight_VD.to(x.dtype).to(wide))
+    if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        # The same sums of exact products; a weight made wide would be most of a token's bytes.
+        rows = _product(x.reshape(-1, x.shape[-1]), weight_VD.to(x.dtype).t())
+        logits = rows.view(*x.shape[:-1], -1)
+    else:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), weight_VD.to(x.dtype).to(wide))
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 
