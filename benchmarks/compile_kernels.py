@@ -8,8 +8,8 @@ the warps that the launch itself chose. So nothing here repeats a configuration;
 
 Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
 thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
-(on AMD its scratch, and 4 bytes for each spilled scalar register). The compiler does not refuse a
-kernel that asks for more shared or tensor memory than a chip has, the launch does; so it is
+(on AMD its scratch; scalars that wait in lanes of vector registers, `lane`, cost no memory). The
+compiler does not refuse a kernel that asks for more shared or tensor memory than a chip has, the launch does; so it is
 compared here. Exit code 1 when a kernel spills, does not fit, or does not compile.
 """
 
@@ -274,9 +274,7 @@ def _compile_case(kernel: str, dtype: str, target: str) -> tuple[list[Row], floa
 def problems_of(row: Row) -> Iterator[str]:
     where = f"{row.kernel} on {row.target} ({row.config})"
     if row.spill_bytes:
-        place = "memory" if row.total("local") else "lanes of vector registers, not to memory"
-        place = f"{row.spill_bytes} bytes to {place}"
-        yield f"{where}: spills {place}, with {row.registers} registers."
+        yield f"{where}: spills {row.spill_bytes} bytes, with {row.registers} registers."
     chip = CHIPS[row.target]
     for needed, limit, what in (
         (row.shared_bytes, chip.shared_bytes, "bytes of shared memory"),
@@ -452,7 +450,7 @@ def _read_hip(kernel) -> tuple[int, int, dict[str, int]]:
     lines = re.findall(r"^\s+([a-z]\w+)(.*)$", assembly, re.MULTILINE)
     # A load into LDS is a plain load by its name, and a word after its operands.
     names = [f"{name}_lds" if re.search(r"\blds\b", rest) else name for name, rest in lines]
-    return entry("vgpr_count"), scratch + 4 * entry("sgpr_spill_count"), _instructions(names)
+    return entry("vgpr_count"), scratch, _instructions(names)
 
 
 def _instructions(lines: list[str]) -> dict[str, int]:

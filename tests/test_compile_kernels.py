@@ -141,7 +141,7 @@ def test_a_spill_is_found_and_counted_as_ptxas_counts_it(monkeypatch, capfd):
     assert row.spill_bytes == int(said[1]) + int(said[2]) > 0
     assert row.total("local")
     (problem,) = problems_of(row)
-    assert f"spills {row.spill_bytes} bytes to memory, with {row.registers} registers" in problem
+    assert f"spills {row.spill_bytes} bytes, with {row.registers} registers" in problem
 
 
 def test_the_backward_of_an_op_is_compiled_as_it_launches():
