@@ -9,8 +9,9 @@ the warps that the launch itself chose. So nothing here repeats a configuration;
 Registers, stack and instructions are read from the binary. `spill_bytes` counts the bytes of a
 thread's loads and stores in local memory, as `ptxas -v` does, or its stack frame if that is more
 (on AMD its scratch; scalars that wait in lanes of vector registers, `lane`, cost no memory). The
-compiler does not refuse a kernel that asks for more shared or tensor memory than a chip has, the launch does; so it is
-compared here. Exit code 1 when a kernel spills, does not fit, or does not compile.
+compiler does not refuse a kernel that asks for more shared or tensor memory than a chip has, the
+launch does; so it is compared here. Exit code 1 when a kernel spills, does not fit, or does not
+compile.
 """
 
 import argparse
