@@ -225,10 +225,11 @@ def _attention(shape: dict, normal: Callable, device: str, is_check: bool) -> Pr
     def repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return q, *(x.expand(B, T, N, H).contiguous() for x in (k, v))
 
-    behind_TS = None
-    if W is not None and device == "cuda":
+    mask_TS = None
+    if W is not None:  # added to the scores: a mask of truth values would be made one at each call
         behind_TS = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-        behind_TS = (behind_TS >= 0) & (behind_TS < W)
+        mask_TS = torch.zeros(T, T, device=device, dtype=inputs[0].dtype)
+        mask_TS.masked_fill_((behind_TS < 0) | (behind_TS >= W), float("-inf"))
     backends = {
         "sdpa_flash": (SDPBackend.FLASH_ATTENTION, True),
         "sdpa_cudnn": (SDPBackend.CUDNN_ATTENTION, True),
@@ -237,7 +238,7 @@ def _attention(shape: dict, normal: Callable, device: str, is_check: bool) -> Pr
         "sdpa_efficient_repeated": (SDPBackend.EFFICIENT_ATTENTION, False),
     }
     peers = {
-        name: sdpa(backend, is_grouped, behind_TS)
+        name: sdpa(backend, is_grouped, mask_TS)
         for name, (backend, is_grouped) in backends.items()
         if W is None or "flash" not in name  # it takes no mask
     }
@@ -253,11 +254,11 @@ def _attention(shape: dict, normal: Callable, device: str, is_check: bool) -> Pr
     )
 
 
-def sdpa(backend: SDPBackend, is_grouped: bool, seen_TS: Tensor | None) -> Callable:
+def sdpa(backend: SDPBackend, is_grouped: bool, mask_TS: Tensor | None) -> Callable:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             heads = [x.transpose(1, 2) for x in (q, k, v)]
-            mask = {"is_causal": True} if seen_TS is None else {"attn_mask": seen_TS}
+            mask = {"is_causal": True} if mask_TS is None else {"attn_mask": mask_TS}
             out_BNTH = F.scaled_dot_product_attention(*heads, **mask, enable_gqa=is_grouped)
         return out_BNTH.transpose(1, 2)
 

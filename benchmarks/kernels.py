@@ -35,6 +35,7 @@ from benchmarks.cases import BOTH, TOLERANCES, Case, Section
 from suites.harness.measure import find_device
 
 LEAST_COPY = 0.85  # of the data sheet's bandwidth
+DEVICE = "cuda"
 SECONDS_A_CASE = 0.8  # of timing, over all its contenders
 COLUMNS = ("op", "direction", "shape", "dtype", "contender", "ms", "p10 - p90", "GB/s", "of copy",
            "TFLOP/s", "of matmul", "MFU/MBU", "ratio to best peer", "goal", "met", "error",
@@ -51,8 +52,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--resume-from", type=float, help=argparse.SUPPRESS)  # when it started
     arguments = parser.parse_args()
-    chosen = plans.sections(quick=arguments.quick)
-    chosen = {n: s for n, s in chosen.items() if not arguments.only or n in arguments.only}
+    chosen = plans.sections(arguments.only, quick=arguments.quick)
     if arguments.dry_run:
         print("\n".join(listing(chosen)))
         return
@@ -179,7 +179,7 @@ def run(chosen: dict[str, Section], report: Report, budget: timing.Budget, start
                     measure = measure_models if name == "models" else measure_op
                     measure(name, group, report)
             except Exception as error:
-                for case in group:
+                for case in [] if hasattr(error, "contender") else group:
                     if not any("ms" in row for row in report.of_case(name, case)):
                         report.add(name, case, "all", False, note=first_line(error))
                 resume_if_unusable(error, started)
@@ -191,20 +191,20 @@ def measure_op(section: str, group: list[Case], report: Report) -> None:
     from benchmarks import contenders, models
 
     [case] = group
-    if any("ms" in row or row["contender"] == "all" for row in report.of_case(section, case)):
+    done = {row["contender"]: row for row in report.of_case(section, case)}
+    if "all" in done or any("ms" in row for row in done.values()):
         return  # before this process took over
-    failed = {row["contender"] for row in report.of_case(section, case)}
     if case.op == "model":
         error = models.parity(case, device_kind())
         report.add(section, case, "triton", True, **verdict(case, error))
         return
-    problem = contenders.problem(case, "cuda", is_check=True)
+    problem = contenders.problem(case, DEVICE, is_check=True)
     names = [*problem.ours, *(problem.peers if case.has_peers else ())]
     is_ours = {name: name in problem.ours for name in names}
     truth = contenders.true_values(problem, case.direction)
     verdicts = {}
     for name in names:
-        if name in failed:
+        if name in done:
             continue
         try:
             error = contenders.relative_error(problem, name, case.direction, truth)
@@ -214,13 +214,14 @@ def measure_op(section: str, group: list[Case], report: Report) -> None:
         except Exception as error:
             report.add(section, case, name, is_ours[name], note=first_line(error))
             if is_unusable(error):
+                error.contender = name  # the others are measured in the next process
                 raise
     del problem, truth
     if section == "parity":
         for name, found in verdicts.items():
             report.add(section, case, name, is_ours[name], **found)
         return
-    problem = contenders.problem(case, "cuda", is_check=False)
+    problem = contenders.problem(case, DEVICE, is_check=False)
     calls = {name: contenders.work(problem, name, case.direction) for name in verdicts}
     memory = {name: timing.peak_bytes(call) for name, call in calls.items()}
     rows = []
@@ -241,16 +242,17 @@ def measure_models(section: str, group: list[Case], report: Report) -> None:
     left = [case for case in group if not report.of_case(section, case)]
     if not left:
         return
-    family = left[0].shape["family"]
-    try:
-        tiny = plans.case("model", BOTH, size="tiny", family=family)
-        found = verdict(tiny, models.parity(tiny, device_kind()))
-    except Exception as error:
-        found = {"parity": "UNVERIFIED", "note": f"parity: {first_line(error)}"}
-        if is_unusable(error) or isinstance(error, TimeoutError):
-            raise
+    tiny = plans.case("model", BOTH, size="tiny", family=left[0].shape["family"])
+    known = [row for row in report.of_case("parity", tiny) if "error" in row]
+    found = {key: known[0][key] for key in ("error", "parity")} if known else {}
     limits = report.content["machine"]
     for case, values in models.measured(left, device_kind()):
+        if isinstance(values, Exception):
+            report.add(section, case, "triton", True, note=first_line(values))
+            if is_unusable(values):
+                values.contender = "triton"
+                raise values
+            continue
         row = speeds(values["samples"], values.get("bytes"), values.get("flops"), limits)
         seconds = row["ms"] / 1e3
         if "flops" in values:
@@ -260,7 +262,7 @@ def measure_models(section: str, group: list[Case], report: Report) -> None:
             peak = limits["sheet_bytes_per_s"] or limits["copy_bytes_per_s"]
             row["mbu"] = values["bytes"] / seconds / peak
         memory = {"peak_memory_bytes": values["peak_memory_bytes"]}
-        plans.judge([report.add(section, case, "triton", True, **row, **memory, **found)])
+        plans.judge([report.add(section, case, "triton", True, **row | memory | found)])
         report.write()
 
 
