@@ -244,7 +244,7 @@ def measure_models(section: str, group: list[Case], report: Report) -> None:
         return
     tiny = plans.case("model", BOTH, size="tiny", family=left[0].shape["family"])
     known = [row for row in report.of_case("parity", tiny) if "error" in row]
-    found = {key: known[0][key] for key in ("error", "parity")} if known else {}
+    found = {k: known[0][k] for k in ("error", "parity")} if known else {"parity": "UNVERIFIED"}
     limits = report.content["machine"]
     for case, values in models.measured(left, device_kind()):
         if isinstance(values, Exception):
@@ -312,14 +312,17 @@ def release() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+    lines = str(error).strip().splitlines() or [""]
+    # Triton's compiler says first where, and last what.
+    said = f"{lines[0]} {lines[-1]}" if lines[0].startswith("at ") else lines[0]
+    return f"{type(error).__name__}: {said}"[:300].replace("|", "/")
 
 
 def is_unusable(error: BaseException) -> bool:
     """After an illegal access every later call fails; memory that ran out is no such error."""
     text = str(error)
-    return "CUDA error" in text and "out of memory" not in text
+    of_device = "CUDA error" in text or "Triton Error [CUDA]" in text
+    return of_device and "out of memory" not in text
 
 
 def resume_if_unusable(error: BaseException, started: float) -> None:

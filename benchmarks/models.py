@@ -39,7 +39,8 @@ def batch_of(config: ModelConfig, B: int, T: int) -> Batch:
 
 def parity(case: Case, device_kind: str, kernels: Kernels = KERNELS) -> float:
     """A small model of the family against the equations in float64: the largest relative error, in
-    norm, of loss, logits and gradients, beyond that of the plain variants in the same dtype."""
+    norm, of loss, logits and gradients, beyond 1.5 times that of the plain variants in the same
+    dtype: which of two roundings of one tensor is the luckier one varies by less."""
     config = model_config("tiny", case.shape["family"])
     batch = batch_of(config, 2, 97)
     params = parameters.draw(config, 0)
@@ -51,7 +52,7 @@ def parity(case: Case, device_kind: str, kernels: Kernels = KERNELS) -> float:
         errors(engine_of(config, case.dtype, choice, device_kind), batch, true)
         for choice in (kernels, PLAIN)
     )
-    return float(np.max([max(ours[name] - plain[name], 0 * ours[name]) for name in true]))
+    return float(np.max([max(ours[name] - 1.5 * plain[name], 0 * ours[name]) for name in true]))
 
 
 def errors(engine: Engine, batch: Batch, true: dict[str, np.ndarray]) -> dict[str, float]:
