@@ -150,12 +150,37 @@ def every(size: int, num_parts: int) -> slice:
 
 
 def higher_order_scan(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
+    h_BTR = _HigherOrderScan.apply(a_BTR, x_BTR, h0_BR)
+    return h_BTR, h_BTR[:, -1]
+
+
+class _HigherOrderScan(torch.autograd.Function):
+    """With the backward pass as a scan too: PyTorch's own makes T by T matrices."""
+
+    @staticmethod
+    def forward(ctx, a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> Tensor:
+        first_BTR = x_BTR[:, :1] + a_BTR[:, :1] * h0_BR[:, None]
+        h_BTR = _scanned(a_BTR, torch.cat([first_BTR, x_BTR[:, 1:]], 1))
+        ctx.save_for_backward(a_BTR, h_BTR, h0_BR)
+        return h_BTR
+
+    @staticmethod
+    def backward(ctx, dh_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a_BTR, h_BTR, h0_BR = ctx.saved_tensors
+        next_BTR = torch.cat([a_BTR[:, 1:], torch.zeros_like(a_BTR[:, :1])], 1)
+        dx_BTR = _scanned(next_BTR.flip(1), dh_BTR.flip(1)).flip(1)
+        before_BTR = torch.cat([h0_BR[:, None], h_BTR[:, :-1]], 1)
+        return dx_BTR * before_BTR, dx_BTR, a_BTR[:, 0] * dx_BTR[:, 0]
+
+
+def _scanned(a_BTR: Tensor, x_BTR: Tensor) -> Tensor:
     from torch._higher_order_ops.associative_scan import associative_scan
 
-    first_BTR = x_BTR[:, :1] + a_BTR[:, :1] * h0_BR[:, None]
-    pair = (a_BTR, torch.cat([first_BTR, x_BTR[:, 1:]], 1))
-    h_BTR = associative_scan(lambda p, q: (p[0] * q[0], q[0] * p[1] + q[1]), pair, 1)[1]
-    return h_BTR, h_BTR[:, -1]
+    def then(p: tuple, q: tuple) -> tuple:
+        return p[0] * q[0], q[0] * p[1] + q[1]
+
+    mode = "pointwise" if a_BTR.is_cuda else "generic"
+    return associative_scan(then, (a_BTR, x_BTR), 1, combine_mode=mode)[1]
 
 
 HIGHER_ORDER = "compiled_scan"  # a variant that is a peer's, and in this process alone

@@ -16,7 +16,7 @@ SHAPES = {
     "causal_conv": {"B": 2, "T": 70, "R": 20},
     "mean_cross_entropy": {"B": 2, "T": 10, "D": 16, "V": 50},
 }
-ONLY_ON_A_GPU = ("sdpa", "compiled_scan", "flex")
+ONLY_ON_A_GPU = ("sdpa", "flex")
 
 
 def measured(op: str) -> list[dict]:
