@@ -106,6 +106,7 @@ class Engine:
         )
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.master_dtype = torch.float64 if dtype == "float64" else torch.float32
         self.model = model.Model(config, resolved, self.dtype)
         self.model.to(self.device, self.master_dtype)
@@ -299,7 +300,11 @@ class Engine:
 
     def _put(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         arrays = (batch.tokens_BT, batch.targets_BT, batch.position_BT)
-        return tuple(torch.tensor(array, device=self.device) for array in arrays)
+        tensors = map(torch.tensor, arrays)
+        if self.device.type == CPU:
+            return tuple(tensors)
+        # pinned, a copy does not wait for the step before it
+        return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
     def _backward(self, batch: Batch, *, activation_checkpointing: bool) -> Tensor:
         loss = self._loss(*self._put(batch), activation_checkpointing)

@@ -36,7 +36,7 @@ NUM_WARPS = 4
 
 def unembed(x: Tensor, weight_VD: Tensor, soft_cap: float | None) -> Tensor:
     """Logits, float32 (float64 in float64); a soft cap c makes them c tanh(logits / c)."""
-    if x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if has_wide_product(x) and not torch.is_grad_enabled():
         # The same sums of exact products; a weight made wide would be most of a token's bytes.
         rows = _product(x.reshape(-1, x.shape[-1]), weight_VD.to(x.dtype).t())
         logits = rows.view(*x.shape[:-1], -1)
@@ -201,9 +201,14 @@ def _chunk(
     return dlogits_CV
 
 
+def has_wide_product(x: Tensor) -> bool:
+    """Whether torch.mm gives float32 for operands of x's dtype: on CUDA, and not on AMD's."""
+    return x.dtype == torch.bfloat16 and x.is_cuda and torch.version.hip is None
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32, whatever they are in."""
-    if left.dtype == torch.bfloat16 and left.is_cuda:
+    if has_wide_product(left):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 
