@@ -6,6 +6,8 @@ of settings, not all products of them: the cases are in tests/triton_layers_case
 
 import pytest
 
+from implementations.engine import Unsupported
+
 # Of a tensor's largest true value. Measured: at most 1.1e-6 and 4.8e-3.
 TOLERANCE = {"float32": 4e-6, "bfloat16": 8e-3}
 # What is float32 in a bfloat16 model too: sums over rows, losses; and what is only copied.
@@ -107,5 +109,5 @@ def test_shapes_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match="need"):
             call()
-    with pytest.raises(ValueError, match="known: plain, triton"):
+    with pytest.raises(Unsupported, match="offered: plain, triton"):
         gated_gelu.gated_gelu(x, x, "trition")

@@ -62,6 +62,8 @@ def _num_draws(run: Run) -> int:
 
 def _is_wider(seen: Seen, dtype: str, kind: str) -> bool:
     """Whether Triton's kernels need more than what the others leave them."""
+    if kind not in seen["ours"].get(dtype, {}):
+        return True
     theirs, ours = (
         tolerance(*_measured(seen[name][dtype][kind]), dtype) for name in ("triton", "ours")
     )

@@ -13,7 +13,7 @@ from implementations.config import ModelConfig
 from implementations.engine import Engine
 from implementations.reference import Params
 from suites.harness.run import Run
-from suites.ladder.check import Check, to_bfloat16
+from suites.ladder.check import Check, section_of, to_bfloat16
 from suites.ladder.model import moved_parameters, packed_batches
 
 VALUES = {"float64": "L1", "float32": "L2", "bfloat16": "L7"}
@@ -36,6 +36,7 @@ KERNELS = {
     **{f"{kind}.rg_lru": ("linear_scan", "layers") for kind in ("mixer", "chunks", "layer")},
     **{f"{kind}.mqa": ("attention", "layers") for kind in ("mixer", "chunks", "layer")},
 }
+LONG = 600  # tokens: more than kernels that split time take at once
 MANY = (4, 1024)  # sequences, tokens: a gradient summed over them in bfloat16 loses a tenth
 GRADIENTS = {"float64": "L3", "float32": "L3", "bfloat16": "L7"}
 
@@ -110,6 +111,8 @@ def cases(run: Run) -> Iterator[Case]:
     yield Case("gelu", {}, {"x": 2 * normal(B, T, F)})
     if "rg_lru" in config.layer_mixers:
         yield from _recurrent_cases(config, params, batch.position_BT, normal, rng)
+        if section_of(run) == "triton":
+            yield from _long_cases(config, params, normal, rng)
     if "mqa" in config.layer_mixers:
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         yield Case("rope", {}, {"x_BTNH": normal(B, T, N, H), "position_BT": batch.position_BT})
@@ -169,6 +172,21 @@ def _recurrent_cases(
     # Gates that are their biases are exact in every dtype: then all inside is float32's error.
     even = {name: np.zeros_like(v) if v.ndim == 3 else v for name, v in unit.items()}
     yield Case("rg_lru of even gates", even, inputs)
+
+
+def _long_cases(config: ModelConfig, params: Params, normal, rng) -> Iterator[Case]:
+    """One document that goes on, and another."""
+    R, index = config.d_rnn, config.layer_mixers.index("rg_lru")
+    unit = reference.within(params, f"layers.{index}.mixer.rg_lru")
+    position_BT = np.arange(7, 7 + LONG)[None].astype(np.int32)
+    position_BT[:, LONG - 50 :] = np.arange(50)
+    a_BTR = rng.uniform(0.8, 0.9999, (1, LONG, R)).astype(np.float32)
+    a_BTR[position_BT == 0] = 0.0
+    x_BTR, h0_BR = normal(1, LONG, R), normal(1, R)
+    inputs = {"a_BTR": a_BTR, "x_BTR": x_BTR, "h0_BR": h0_BR}
+    yield Case("linear_scan of a long sequence", {}, inputs)
+    inputs = {"x_BTR": x_BTR, "position_BT": position_BT, "h0_BR": h0_BR}
+    yield Case("rg_lru of a long sequence", unit, inputs)
 
 
 def _rounded(case: Case) -> Case:
