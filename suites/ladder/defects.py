@@ -8,6 +8,7 @@ RecurrentGemma see those. Modules are named, not imported: this file needs no fr
 """
 
 import importlib.util
+import linecache
 import sys
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -30,6 +31,11 @@ class Defect:
         part = self.module.split(".")[1]
         return part.removesuffix("_backend") if part.endswith("_backend") else None
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Of a kernel that runs in its interpreter here."""
+        return self.name.startswith("torch_triton_")
+
 
 def plant(defect: Defect) -> None:
     """Lets a later import of the module, in this process, compile the changed source."""
@@ -37,6 +43,13 @@ def plant(defect: Defect) -> None:
         raise ValueError(f"defect {defect.name}: {defect.module} is imported already.")
     spec = importlib.util.find_spec(defect.module)  # earlier plants of this module included
     source = changed(defect, spec.loader.get_source(defect.module))
+    # Triton reads the source of a kernel as a traceback does, and that is the file's: not so here.
+    linecache.cache[spec.origin] = (
+        len(source),
+        None,
+        source.splitlines(keepends=True),
+        spec.origin,
+    )
     sys.meta_path.insert(0, _Finder(defect.module, spec, source))
 
 
@@ -485,6 +498,94 @@ TORCH_DEFECTS = (
     ),
 )
 
+# In Triton's kernels, which are interpreted to see it.
+TRITON_DEFECTS = (
+    Defect(
+        "torch_triton_beyond_the_end",
+        f"{TORCH}.kernels.linear_scan",
+        "a = tl.where(t < stop, a, 1.0)",
+        "a = tl.where(t < stop, a, 0.0)",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_last_gradient_dropped",
+        f"{TORCH}.kernels.linear_scan",
+        "in_chunks(launch, dh_BR.contiguous(), T,",
+        "in_chunks(launch, torch.zeros_like(dh_BR), T,",
+        "L3",
+    ),
+    Defect(
+        "torch_triton_chunk_starts_empty",
+        f"{TORCH}.kernels.linear_scan",
+        "torch.cat([h0_BR[:, None], state_BCR[:, :-1]], 1)",
+        "torch.cat([h0_BR[:, None], state_BCR[:, :-1] * 0], 1)",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_no_reset",
+        f"{TORCH}.kernels.rg_lru",
+        "is_start = position == 0",
+        "is_start = position == -1",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_gradient_of_decay",
+        f"{TORCH}.kernels.rg_lru",
+        "dlog_a = g * a * (h - a * slope * i * x)",
+        "dlog_a = g * a * (h + a * slope * i * x)",
+        "L3",
+    ),
+    Defect(
+        "torch_triton_window_one_short",
+        f"{TORCH}.kernels.attention",
+        "return (key >= first) & (key <= last)",
+        "return (key > first) & (key <= last)",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_norm_without_one",
+        f"{TORCH}.kernels.rms_norm",
+        "y = x * rms_inverse[:, None] * (1 + scale)[None, :]",
+        "y = x * rms_inverse[:, None] * scale[None, :]",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_conv_leaks",
+        f"{TORCH}.kernels.causal_conv",
+        "seen = mask & (position >= offset)[:, None]",
+        "seen = mask & (position >= 0)[:, None]",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_gelu_slope",
+        f"{TORCH}.kernels.gated_gelu",
+        "inner = 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)",
+        "inner = 1.5957691216057308 * (1 + 0.044715 * x * x)",
+        "L3",
+    ),
+    Defect(
+        "torch_triton_stale_value",
+        f"{TORCH}.kernels.attention_step",
+        "v = tl.where(is_new, new_v[None, :], v)",
+        "v = tl.where(is_new, 0 * new_v[None, :], v)",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_conv_state_stays",
+        f"{TORCH}.kernels.rg_lru_step",
+        "tl.store(conv_ptr + (w - 1) * R, earlier, mask=inside)",
+        "tl.store(conv_ptr + w * R, earlier, mask=inside)",
+        "L2",
+    ),
+    Defect(
+        "torch_triton_mean_over_all",
+        f"{TORCH}.kernels.cross_entropy",
+        "return nll_N.sum() / num_scored",
+        "return nll_N.mean()",
+        "L4",
+    ),
+)
+
 # "Peer": against transformers' RecurrentGemma, same weights. "Differences": the loss along random
 # directions against loss_and_grad. Most faults of an equation, not of its gradient, show in both.
 FLOOR_DEFECTS = (
@@ -581,4 +682,4 @@ FLOOR_DEFECTS = (
     ),
 )
 
-DEFECTS = JAX_DEFECTS + TORCH_DEFECTS + FLOOR_DEFECTS
+DEFECTS = JAX_DEFECTS + TORCH_DEFECTS + TRITON_DEFECTS + FLOOR_DEFECTS

@@ -33,13 +33,15 @@ def prove(*, on_end: Callable[[int, int, str], None]) -> dict[str, Any]:
     need_peer()
     base = gate([FAMILY])
     plain = [run for run in base if not run.kernels.chosen]
+    slow = [run for run in base if run.kernels.interpret]
     quiet = [Request(run=run, seeds=ALARM_SEEDS) for run in plain if _is_watched(run)]
+    quiet += [Request(run=run, seeds=ALARM_SEEDS[:2]) for run in slow]
     jobs = [*quiet, *DEFECTS]
 
     def work(job: Request | Defect, cores: list[int]) -> Any:
         if isinstance(job, Request):
             return list(_alarms(job, draws(job, cores)))
-        return _caught(job, plain, cores)
+        return _caught(job, slow if job.is_interpreted else plain, cores)
 
     defects, alarms, num_draws = [], [], 0
     for number, (job, found) in enumerate(in_parallel(jobs, work), start=1):
@@ -81,12 +83,12 @@ def _alarms(request: Request, found: list[Draw]) -> Iterator[dict[str, Any]]:
             yield {"run": name_of(request.run), "seed": draw.seed, "why": why}
 
 
-def _caught(defect: Defect, plain: list[Run], cores: list[int]) -> dict[str, Any]:
+def _caught(defect: Defect, runs: list[Run], cores: list[int]) -> dict[str, Any]:
     """The lowest level that sees the defect, and the first field that is red there."""
     row = {"name": defect.name, "module": defect.module, "line": defect.line,
            "fault": defect.fault, "expected": defect.level}  # fmt: skip
     failures = []  # no check was red: a crash is seen, but it is not caught
-    for run in _parts(defect, plain):
+    for run in _parts(defect, runs):
         (draw,) = draws(Request(run=run, seeds=(run.seed,), defect=defect.name), cores)
         if draw.failure:
             failures.append(draw.failure)
@@ -98,18 +100,23 @@ def _caught(defect: Defect, plain: list[Run], cores: list[int]) -> dict[str, Any
     return row | {"level": None, "field": None, "run": None, "why": "; ".join(failures) or None}
 
 
-def _parts(defect: Defect, plain: list[Run]) -> Iterator[Run]:
+def _parts(defect: Defect, runs: list[Run]) -> Iterator[Run]:
     """Where a defect is looked for: in the ops first, then where it is expected, then elsewhere."""
+    if defect.is_interpreted:
+        for dtype, levels in (OPS32, MODEL32, BFLOAT16):
+            for run in (run for run in runs if run.dtype == dtype):
+                yield replace(run, workload=replace(run.workload, levels=levels))
+        return
     if defect.backend is None:
-        yield from (run for run in plain if run.backend == PEER and run.dtype == "float32")
-        for run in plain:
+        yield from (run for run in runs if run.backend == PEER and run.dtype == "float32")
+        for run in runs:
             if run.backend == "torch" and run.dtype == "float64":
                 yield replace(run, workload=replace(run.workload, levels=("L0", "truth")))
         return
-    runs = {
-        (run.dtype, settings_of(run.model)): run for run in plain if run.backend == defect.backend
+    of_part = {
+        (run.dtype, settings_of(run.model)): run for run in runs if run.backend == defect.backend
     }
-    settings = list(dict.fromkeys(name for _, name in runs))
+    settings = list(dict.fromkeys(name for _, name in of_part))
     everywhere = [(part, name) for name in settings for part in PARTS]
     first = (
         [(OPS64, settings[0]), (OPS32, settings[0])]
@@ -118,8 +125,8 @@ def _parts(defect: Defect, plain: list[Run]) -> Iterator[Run]:
     )
     expected = [(part, name) for part, name in everywhere if defect.level in part[1]]
     for (dtype, levels), name in dict.fromkeys([*first, *expected, *everywhere]):
-        if (dtype, name) in runs:
-            run = runs[dtype, name]
+        if (dtype, name) in of_part:
+            run = of_part[dtype, name]
             yield replace(run, workload=replace(run.workload, levels=levels))
 
 
