@@ -238,17 +238,11 @@ def _forward_kernel(
     BLOCK_R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
-    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    segment = tl.arange(0, SEGMENTS)[:, None]
-    inside = channel < R
-    of_row = batch * T * R + channel
-    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
-    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+    _, _, inside, segment, of_row, of_chunk, start, stop = place(T, R, chunk_len, SEGMENTS, BLOCK_R)
 
     h = first_state(h0_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
     whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
-    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+    for tile in tl.range(start, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
         products, totals = (), ()
         product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
         total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
@@ -296,17 +290,13 @@ def _backward_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     """dx_t = dh_t + flow_t, flow_{t-1} = a_t dx_t: time runs backwards, u = T - 1 - t."""
-    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
-    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    segment = tl.arange(0, SEGMENTS)[:, None]
-    inside = channel < R
-    of_row = batch * T * R + channel
-    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
-    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+    batch, channel, inside, segment, of_row, of_chunk, start, stop = place(
+        T, R, chunk_len, SEGMENTS, BLOCK_R
+    )
 
     flow = first_state(flow_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
     whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
-    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+    for tile in tl.range(start, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
         products, totals = (), ()
         product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
         total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
@@ -340,6 +330,21 @@ def _backward_kernel(
     tl.store(end_ptr + of_chunk + 0 * segment, flow, mask=(segment == 0) & inside)
     if ONLY_ENDS:
         tl.store(product_ptr + of_chunk + 0 * segment, whole, mask=(segment == 0) & inside)
+
+
+@triton.jit
+def place(T, R, chunk_len, SEGMENTS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Where a program of `grid` works: its sequence (int64: B * T * R passes 2**31), channels
+    [1, BLOCK_R] and whether they are, segments [SEGMENTS, 1], the offset of its sequence and of its
+    chunk's states, and the steps from the first to one after the last."""
+    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
+    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    of_row = batch * T * R + channel
+    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
+    start = chunk * chunk_len
+    stop = tl.minimum(T, start + chunk_len)
+    return batch, channel, channel < R, segment, of_row, of_chunk, start, stop
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from implementations.torch_backend.kernels.linear_scan import (
     grid,
     in_chunks,
     linear_scan,
+    place,
 )
 
 GATE = "rg_lru"  # the formula of decay and input: a compile-time switch of the fused kernels
@@ -203,20 +204,16 @@ def _forward_kernel(
     BLOCK_R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
-    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    segment = tl.arange(0, SEGMENTS)[:, None]
-    inside = channel < R
-    of_row = batch * T * R + channel
-    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
-    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+    batch, channel, inside, segment, of_row, of_chunk, start, stop = place(
+        T, R, chunk_len, SEGMENTS, BLOCK_R
+    )
     decay = tl.load(decay_ptr + channel, mask=inside, other=0.0)
     a_bias = _bias(a_bias_ptr, channel, inside)
     input_bias = _bias(input_bias_ptr, channel, inside)
 
     h = first_state(h0_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
     whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
-    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+    for tile in tl.range(start, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
         products, totals = (), ()
         product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
         total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
@@ -280,13 +277,9 @@ def _backward_kernel(
 ):
     """With g_t the whole gradient of h_t: g_t = dh_t + flow_t, flow_{t-1} = a_t g_t; time runs
     backwards, u = T - 1 - t."""
-    channel = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[None, :]
-    batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    segment = tl.arange(0, SEGMENTS)[:, None]
-    inside = channel < R
-    of_row = batch * T * R + channel
-    of_chunk = (batch * tl.num_programs(2) + chunk) * R + channel
-    stop = tl.minimum(T, (chunk + 1) * chunk_len)
+    batch, channel, inside, segment, of_row, of_chunk, start, stop = place(
+        T, R, chunk_len, SEGMENTS, BLOCK_R
+    )
     decay = tl.load(decay_ptr + channel, mask=inside, other=0.0)
     a_bias = _bias(a_bias_ptr, channel, inside)
     input_bias = _bias(input_bias_ptr, channel, inside)
@@ -297,7 +290,7 @@ def _backward_kernel(
     ddecay = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
     da_bias = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
     dinput_bias = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
-    for tile in tl.range(chunk * chunk_len, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
+    for tile in tl.range(start, stop, SEGMENTS * ROWS, num_stages=NUM_STAGES):
         products, totals, decays = (), (), ()
         product = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
         total = tl.zeros((SEGMENTS, BLOCK_R), tl.float32)
