@@ -158,7 +158,7 @@ def attention_step(dtype: str) -> None:
             slots = empty(num_sequences, WINDOW, 1, head_dim, dtype=dtype, grad=False)
             q_BNH = empty(num_sequences, N, head_dim, dtype=dtype, grad=False)
             step = (one, one, positions(num_sequences), slots, slots.clone())
-            attention_step(q_BNH, *step, head_dim, 10000.0, "triton")
+            attention_step(q_BNH, *step, head_dim, 10000.0)
 
 
 def rope(dtype: str) -> None:

@@ -67,7 +67,7 @@ def decode(x: Inputs) -> Tensor:
     with torch.no_grad():
         step = (x(B, N, H), x(B, 1, H), x(B, 1, H), torch.full((B,), 25))
         slots = (x(B, 19, 1, H).detach(), x(B, 19, 1, H).detach())
-        return attention_step(*step, *slots, H, 10000.0, "triton")
+        return attention_step(*step, *slots, H, 10000.0)
 
 
 def decode_recurrence(x: Inputs) -> Tensor:

@@ -85,7 +85,7 @@ def accesses() -> list[str]:
         rope(q.detach(), position_BT, 6, 1e4, "triton")
         state = [x.detach().clone() for x in (k, v)]
         new = [x.detach()[:, 0] for x in (q, k, v)]
-        attention_step(*new, torch.tensor([50]), *state, 6, 1e4, "triton")
+        attention_step(*new, torch.tensor([50]), *state, 6, 1e4)
     return report.problems
 
 
@@ -154,15 +154,15 @@ def step_errors(
         slots = [normal(20 + i, (B, S, K, H), dtype) for i in range(2)]
         position_B = torch.full((B,), position, dtype=getattr(torch, index))
         results = []
-        for variant, of in (("plain", "float64"), ("triton", dtype)):
+        for step, of in ((plain_step, "float64"), (attention_step, dtype)):
             state = [put(x, of).detach() for x in slots]
             unwritten = slice(position + 1, None)
-            if variant == "triton":
+            if step is attention_step:
                 for x in state:
                     x[:, unwritten] = torch.nan
             given = [put(x, of).detach() for x in new]
             with poisoned():
-                y = attention_step(*given, position_B, *state, rope_dim, 1e4, variant)
+                y = step(*given, position_B, *state, rope_dim, 1e4)
             for x in state:
                 x[:, unwritten] = 0
             results.append({"y": y, "k": state[0], "v": state[1]})
@@ -170,6 +170,27 @@ def step_errors(
         for name, error in errors(want, results[1]).items():
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
+
+
+def plain_step(
+    q_BNH: Tensor,
+    k_BKH: Tensor,
+    v_BKH: Tensor,
+    position_B: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    rope_dim: int,
+    base: float,
+) -> Tensor:
+    """What attention_step does, by rope and attention."""
+    num_slots, position_BT = k_BSKH.shape[1], position_B[:, None]
+    q_BTNH = rope(q_BNH[:, None], position_BT, rope_dim, base, "plain")
+    k_BTKH = rope(k_BKH[:, None], position_BT, rope_dim, base, "plain")
+    slot = position_B[:1].long() % num_slots
+    k_BSKH.index_copy_(1, slot, k_BTKH)
+    v_BSKH.index_copy_(1, slot, v_BKH[:, None])
+    last_BT = position_BT.clamp(max=num_slots - 1)
+    return attention(q_BTNH, k_BSKH, v_BSKH, last_BT, last_BT, "plain")[:, 0]
 
 
 def mixer_errors(*, window: int | None, num_kv_heads: int) -> dict[str, float]:

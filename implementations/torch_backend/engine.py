@@ -248,8 +248,8 @@ class Engine:
         for _ in range(num_tokens):
             token_B, position_BT, states = step(token_B, position_BT, states)
             tokens.append(token_B)
-        if isinstance(step, Graph):
-            states = copied(states)  # the graph's own serve other caches too
+        if isinstance(step, Graph):  # whose own serve other caches too
+            states = step.unload(cache.states)
         return torch.stack(tokens, 1), Cache(states, position + num_tokens)
 
     def num_bytes(self, cache: Cache) -> int:
@@ -277,8 +277,8 @@ class Engine:
     def _captured(self, step: Step, token_B: Tensor, position_BT: Tensor, states: tuple) -> "Graph":
         """The graph of a step on caches of this shape: made once, for these weights in place."""
         shapes = (tuple(leaf.shape for leaf in leaves(states)), token_B.shape)
-        if shapes not in self._graphs:
-            self._graphs[shapes] = Graph(step, token_B, position_BT, states)
+        if shapes not in self._graphs:  # it holds a cache: one at a time
+            self._graphs = {shapes: Graph(step, token_B, position_BT, states)}
         self._graphs[shapes].load(token_B, position_BT, states)
         return self._graphs[shapes]
 
@@ -352,6 +352,13 @@ class Graph:
         token_B, position_BT, states = self.inputs
         return token_B.clone(), position_BT, states
 
+    def unload(self, states: tuple) -> tuple:
+        """Written into the cache that was loaded, which is used up."""
+        states = tuple(type(state)(*leaves((state,))) for state in states)
+        for new, mine in zip(leaves(states), leaves(self.inputs[2]), strict=True):
+            new.copy_(mine)
+        return states
+
     def _write(self, token_B: Tensor, position_BT: Tensor, states: tuple) -> None:
         for mine, new in zip(
             (*self.inputs[:2], *leaves(self.inputs[2])),
@@ -382,10 +389,7 @@ def leaves(states: tuple) -> list[Tensor]:
 
 def copied(states: tuple) -> tuple:
     """The same states elsewhere, every one with slots to read."""
-    return tuple(
-        type(state)(*(leaf.clone() for leaf in state if isinstance(leaf, Tensor)))
-        for state in states
-    )
+    return tuple(type(state)(*(leaf.clone() for leaf in leaves((state,)))) for state in states)
 
 
 def next_token(model: model.Model, x_BTD: Tensor) -> Tensor:

@@ -198,7 +198,8 @@ def _triton(
     if (H := q_BTNH.shape[-1]) > MAX_HEAD_DIM:
         raise Unsupported(f"kernels.attention=triton has head_dim up to {MAX_HEAD_DIM}, not {H}.")
     first_BT = (last_BT - reach_BT).clamp(min=0).int()
-    return _Attention.apply(q_BTNH.to(dtype), k_BSKH.to(dtype), v_BSKH, first_BT, last_BT.int())
+    last_BT = last_BT.clamp(max=k_BSKH.shape[1] - 1).int()  # no further than there are keys
+    return _Attention.apply(q_BTNH.to(dtype), k_BSKH.to(dtype), v_BSKH, first_BT, last_BT)
 
 
 class _Attention(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """One token of decoding: rotates q and k, writes k and v into their slot, attends to every slot.
 
-Truth: implementations/reference.py, and the `plain` variant here.
+Twin: implementations/jax_backend/kernels/attention_step.py, which is given rotated q and k.
+Truth: rope and attention of one token, in a cache written before.
 
 Position p lies in slot p % num_slots, so that slots 0 to min(p, num_slots - 1) are visible: a ring
 of the visible keys, or all of them. A step must read each visible key and value once, in bfloat16
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.engine import Unsupported
-from implementations.torch_backend.kernels.attention import LOG2_E, attention
-from implementations.torch_backend.kernels.rope import float32_rates, rope, rotation
+from implementations.torch_backend.kernels.attention import LOG2_E
+from implementations.torch_backend.kernels.rope import float32_rates, rotation
 
 # Two programs on each of 132 multiprocessors (H100), with 2 stages of 32 KiB of keys and values in
 # flight in each, ask for more than its memory's latency times bandwidth.
@@ -35,10 +36,9 @@ def attention_step(
     v_BSKH: Tensor,
     rope_dim: int,
     base: float,
-    variant: str,
 ) -> Tensor:
-    """[B, N, H] in v's dtype; k_BSKH (rotated keys) and v_BSKH are written in place. Without
-    gradients. All sequences stand at one position."""
+    """[B, N, H] in v's dtype; k_BSKH (rotated keys) and v_BSKH are written in place: for
+    inference alone. All sequences stand at one position."""
     B, N, H = q_BNH.shape
     S, K = k_BSKH.shape[1:3]
     if k_BKH.shape != (B, K, H) or v_BKH.shape != k_BKH.shape or N % K:
@@ -51,44 +51,6 @@ def attention_step(
             f"attention_step needs slots [{B}, S, {K}, {H}] and positions [{B}]; got k "
             f"{tuple(k_BSKH.shape)}, v {tuple(v_BSKH.shape)}, position {tuple(position_B.shape)}."
         )
-    if variant not in VARIANTS:
-        raise Unsupported(
-            f"kernels.attention={variant} is not offered by the torch backend's attention_step; "
-            f"offered: {', '.join(VARIANTS)}."
-        )
-    return VARIANTS[variant](q_BNH, k_BKH, v_BKH, position_B, k_BSKH, v_BSKH, rope_dim, base)
-
-
-def _plain(
-    q_BNH: Tensor,
-    k_BKH: Tensor,
-    v_BKH: Tensor,
-    position_B: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    rope_dim: int,
-    base: float,
-) -> Tensor:
-    num_slots, position_BT = k_BSKH.shape[1], position_B[:, None]
-    q_BTNH = rope(q_BNH[:, None], position_BT, rope_dim, base, "plain")
-    k_BTKH = rope(k_BKH[:, None], position_BT, rope_dim, base, "plain")
-    slot = position_B[:1].long() % num_slots
-    k_BSKH.index_copy_(1, slot, k_BTKH)
-    v_BSKH.index_copy_(1, slot, v_BKH[:, None])
-    last_BT = position_BT.clamp(max=num_slots - 1)
-    return attention(q_BTNH, k_BSKH, v_BSKH, last_BT, last_BT, "plain")[:, 0]
-
-
-def _triton(
-    q_BNH: Tensor,
-    k_BKH: Tensor,
-    v_BKH: Tensor,
-    position_B: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    rope_dim: int,
-    base: float,
-) -> Tensor:
     dtype = v_BSKH.dtype
     if dtype not in (torch.float32, torch.bfloat16) or k_BSKH.dtype != dtype:
         raise Unsupported(
@@ -96,8 +58,6 @@ def _triton(
         )
     if not (k_BSKH.is_contiguous() and v_BSKH.is_contiguous()):
         raise ValueError("attention_step writes into the slots: they must be contiguous.")
-    B, N, H = q_BNH.shape
-    S, K = k_BSKH.shape[1:3]
     part_len, num_parts = parts_of(S, B * K)
     BLOCK_H = max(triton.next_power_of_2(H), 16)
     out_BNH = q_BNH.new_empty((B, N, H), dtype=dtype)
@@ -302,6 +262,3 @@ def _rotated(ptr, channel, mask, cos, sin, H: tl.constexpr, HALF: tl.constexpr):
     y = tl.load(ptr + partner, mask=mask & (channel < 2 * HALF), other=0.0)
     turned = x.to(tl.float32) * cos + y.to(tl.float32) * sin
     return turned.to(x.dtype)
-
-
-VARIANTS = {"plain": _plain, "triton": _triton}

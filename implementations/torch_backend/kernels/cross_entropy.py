@@ -275,7 +275,7 @@ def _log_sum(
     BLOCK_V: tl.constexpr,
 ):
     """The logarithm of the sum of exp(logits) of each row, in one pass."""
-    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_ROWS], -1e30, tl.float32)  # finite: no -inf - -inf
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in tl.range(0, V, BLOCK_V, num_stages=3):
         token = start + tl.arange(0, BLOCK_V)

@@ -2,7 +2,8 @@
 
 Twin: implementations/jax_backend/kernels/linear_scan.py.  Truth: implementations/reference.py.
 The state is float32 (float64 in float64), and every variant has gradients for a, x and h0, from
-every state and from the last one. A document starts where a is 0.
+every state and from the last one. A document starts where a is 0; |a| is at most 1, or products
+over many steps may overflow.
 
 `triton`: a program owns one sequence and BLOCK_R channels and walks time in tiles of SEGMENTS x
 ROWS steps; a tile's loads are under way while those before it are computed. Forward reads 2 and
@@ -146,12 +147,20 @@ _analytic_forward.register_autograd(
 )
 
 
-def _triton(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
-    return _LinearScan.apply(a_BTR, x_BTR, h0_BR, None)
+def _triton(
+    a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, chunk_len: int | None = None
+) -> tuple[Tensor, Tensor]:
+    refuse_float64(a_BTR, x_BTR, h0_BR)
+    return _LinearScan.apply(a_BTR, x_BTR, h0_BR, chunk_len)
 
 
 def _triton_split(a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor) -> tuple[Tensor, Tensor]:
-    return _LinearScan.apply(a_BTR, x_BTR, h0_BR, CHUNK_LEN)
+    return _triton(a_BTR, x_BTR, h0_BR, CHUNK_LEN)
+
+
+def refuse_float64(*inputs: Tensor) -> None:
+    if any(x.dtype == torch.float64 for x in inputs):
+        raise Unsupported("kernels.linear_scan=triton computes in float32, not in float64.")
 
 
 class _LinearScan(torch.autograd.Function):

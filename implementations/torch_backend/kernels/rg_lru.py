@@ -35,6 +35,7 @@ from implementations.torch_backend.kernels.linear_scan import (
     in_chunks,
     linear_scan,
     place,
+    refuse_float64,
 )
 
 GATE = "rg_lru"  # the formula of decay and input: a compile-time switch of the fused kernels
@@ -71,9 +72,16 @@ def rg_lru(
     wide = torch.float64 if x_BTR.dtype == torch.float64 else torch.float32
     if h0_BR is None:
         h0_BR = x_BTR.new_zeros((B, R), dtype=wide)
+    of_channels = (a_param_R, *(b for b in (a_bias_R, input_bias_R) if b is not None))
+    if h0_BR.shape != (B, R) or h0_BR.dtype != wide or any(v.shape != (R,) for v in of_channels):
+        raise ValueError(
+            f"rg_lru needs h0 {(B, R)} in {wide}, and a_param and biases {(R,)}; got h0 "
+            f"{tuple(h0_BR.shape)} in {h0_BR.dtype}, and {[tuple(v.shape) for v in of_channels]}."
+        )
     decay_R = -DECAY * F.softplus(a_param_R.to(wide))
     inputs = (x_BTR, a_gate_BTR, input_gate_BTR, a_bias_R, input_bias_R, decay_R)
     if variant in FUSED:
+        refuse_float64(x_BTR, h0_BR)
         return _RGLRU.apply(*inputs, position_BT, h0_BR, FUSED[variant])
     return _composed(*inputs, position_BT, h0_BR, variant)
 

@@ -8,7 +8,7 @@ block-diagonal products, its gates, the next h and the block's product: of each 
 every convolved channel, which many programs read, so that the shift, in place, must be over. Bytes
 a step are those of the gates' weights, 4 R^2 / G in bfloat16, and 8 + 2 (conv_width - 1) times 2
 for each channel of the state and 6 for those passing: a launch more costs more than it reads.
-The variants are those of linear_scan; all but `triton` and `triton_split` call the layers.
+It belongs to `triton` and `triton_split` of linear_scan; the other variants call the layers.
 """
 
 import torch
@@ -17,16 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.torch_backend.kernels.gated_gelu import gelu_of
-from implementations.torch_backend.kernels.rg_lru import DECAY, FUSED, GATE, keep_and_jump, step
+from implementations.torch_backend.kernels.rg_lru import DECAY, GATE, keep_and_jump, step
 
 BLOCK_R = 256  # of the convolution
 BLOCK_B = 16  # rows of a matrix instruction
 BLOCK_I = 64
 BLOCK_J = 32  # 80 channels a gate block at 16 blocks make 48 programs, 160 make 80
-
-
-def is_fused(variant: str) -> bool:
-    return variant in FUSED
 
 
 def rg_lru_step(
@@ -53,12 +49,27 @@ def rg_lru_step(
             f"gate {tuple(gate_BR.shape)}, x {tuple(x_BR.shape)}, h {tuple(h_BR.shape)}, weights "
             f"{tuple(a_weight_GIJ.shape)}."
         )
+    W = conv_weight_WR.shape[0]
+    of_channels = [v for v in (conv_bias_R, a_bias_R, input_bias_R, a_param_R) if v is not None]
+    if (
+        conv_weight_WR.shape != (W, R)
+        or conv_BWR.shape != (B, W - 1, R)
+        or input_weight_GIJ.shape != a_weight_GIJ.shape
+        or position_B.shape != (B,)
+        or any(v.shape != (R,) for v in of_channels)
+    ):
+        given = (conv_weight_WR, conv_BWR, a_weight_GIJ, input_weight_GIJ, position_B, *of_channels)
+        raise ValueError(
+            f"rg_lru_step needs taps [W, {R}], their state [{B}, W - 1, {R}], equal weights of "
+            f"both gates, positions [{B}], and biases and a_param [{R}]; got "
+            f"{[tuple(v.shape) for v in given]}."
+        )
     if not (conv_BWR.is_contiguous() and h_BR.is_contiguous() and h_BR.dtype == torch.float32):
         raise ValueError("rg_lru_step writes conv and h, contiguous, h in float32, in place.")
     convolved_BR = torch.empty_like(x_BR, memory_format=torch.contiguous_format)
     _conv_kernel[(triton.cdiv(R, BLOCK_R), B)](
-        x_BR.contiguous(), conv_weight_WR, conv_bias_R, conv_BWR, convolved_BR,
-        R, conv_weight_WR.shape[0], BLOCK_R, num_warps=1,
+        x_BR.contiguous(), conv_weight_WR.contiguous(), conv_bias_R, conv_BWR, convolved_BR,
+        R, W, BLOCK_R, num_warps=1,
     )  # fmt: skip
     out_BR = torch.empty_like(convolved_BR)
     _gates_kernel[(triton.cdiv(J, BLOCK_J), G, triton.cdiv(B, BLOCK_B))](

@@ -1,6 +1,6 @@
 """Rotary positions: channel i of every head turns against channel i + rope_dim / 2, the rest stay.
 
-Twin: `rope` in implementations/jax_backend/mixers/mqa.py.  Truth: implementations/reference.py.
+Twin: `rope` in implementations/jax_backend/kernels/rope.py.  Truth: implementations/reference.py.
 
 The angle is position * base^(-2 i / rope_dim), a float32 product of float32 numbers (float64 in
 float64). The kernel reads and writes every element once, in bfloat16 4 bytes an element, forward

@@ -60,7 +60,7 @@ class Mixer(nn.Module):
         is_filled = state is not None and not state.is_empty
         if T == 1 and is_filled and self.variant == "triton":
             heads = (q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0], position_BT[:, 0])
-            y_BNH = attention_step(*heads, state.k_BSKH, state.v_BSKH, *rotation, self.variant)
+            y_BNH = attention_step(*heads, state.k_BSKH, state.v_BSKH, *rotation)
             return self.linear_out(y_BNH.reshape(B, 1, -1)), state
         q_BTNH = rope(q_BTNH, position_BT, *rotation, self.layers)
         k_BTKH = rope(k_BTKH, position_BT, *rotation, self.layers)

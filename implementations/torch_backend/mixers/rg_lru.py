@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from implementations.config import ModelConfig
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
-from implementations.torch_backend.kernels.rg_lru import rg_lru
-from implementations.torch_backend.kernels.rg_lru_step import is_fused, rg_lru_step
+from implementations.torch_backend.kernels.rg_lru import FUSED, rg_lru
+from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
 from implementations.torch_backend.layers import BlockDiagonal, CausalConv, Linear, exact
 
 
@@ -48,7 +48,7 @@ class Mixer(nn.Module):
         conv_BWR, h_BR = (None, None) if state is None else state
         gate_BTR = self.linear_y(x_BTD)
         x_BTR = self.linear_x(x_BTD)
-        if state is not None and x_BTD.shape[1] == 1 and is_fused(self.rg_lru.variant):
+        if state is not None and x_BTD.shape[1] == 1 and self.rg_lru.variant in FUSED:
             out_BR = self.step(gate_BTR[:, 0], x_BTR[:, 0], position_BT[:, 0], state)
             return self.linear_out(out_BR)[:, None], state
         x_BTR, conv_BWR = self.conv_1d(x_BTR, position_BT, conv_BWR)
