@@ -38,6 +38,9 @@ RUNGS = {
     model.checks: {"L4", "L7"},
     steps.checks: {"L5", "L7"},
 }
+# They hold what does not depend on kernels, the equations and the optimizer; runs with other ones
+# than `auto` have them only where they are named.
+WITHOUT_KERNELS = (truth.checks, steps.checks)
 PEER_RUNGS = {model.document_checks: {"L4", "L7"}}  # whose ops cannot be called alone
 
 
@@ -130,6 +133,8 @@ def climb(run: Run, engine: Engine) -> Iterator[Check]:
     """Every check of the run's levels, from the lowest rung up: the first red one tells most."""
     wanted = run.workload.levels
     rungs = RUNGS if hasattr(engine, "op") else PEER_RUNGS
+    if run.kernels.chosen and not wanted:
+        rungs = {rung: levels for rung, levels in rungs.items() if rung not in WITHOUT_KERNELS}
     for number, (rung, levels) in enumerate(rungs.items(), start=1):
         if not wanted or levels & set(wanted):
             yield from (c for c in rung(run, engine) if not wanted or level_of(c.field) in wanted)

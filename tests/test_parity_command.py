@@ -57,7 +57,8 @@ def test_json_has_every_check_with_both_errors_and_tolerances(aerie):
     [
         (("--against", "jax"), "nothing of jax to compare with"),
         (("dtype=float32", "--level", "L1"), "nothing was compared"),
-        (("kernels.linear_scan=triton",), "not offered"),
+        (("kernels.linear_scan=triton",), "needs a GPU"),
+        (("kernels.linear_scan=pallas_gpu",), "not offered"),
     ],
 )
 def test_where_nothing_was_compared_nothing_is_green(aerie, arguments, message):

@@ -28,7 +28,7 @@ INTERPRETED = ("triton", "pallas")  # on a CPU
 
 def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
     """The rungs of the gate, or those of `levels`, in all dtypes; with the kernels that `auto`
-    stands for, and in float32 with each of the others (interpreted ones in bfloat16 too); the peer
+    stands for, and in float32 with each of the others (interpreted, in bfloat16 too); the peer
     where it can be compared."""
     typed = compose.parse(overrides)
     levels = list(levels)
@@ -42,12 +42,20 @@ def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
         others = list(_other_kernels(run for run in base if run.dtype == "float32"))
         runs += others
         if any(run.dtype == "bfloat16" for run in base):  # what they are made for
-            runs += [replace(run, dtype="bfloat16") for run in others if run.kernels.interpret]
+            together = (
+                run for run in others if run.kernels.interpret and run.kernels.layers != "auto"
+            )
+            runs += [replace(run, dtype="bfloat16") for run in together]
     is_comparable = not levels or {"L4", "L7"} & set(levels)
     if "backend" not in typed and provenance.versions()[PEER] and is_comparable:
         runs += peer_runs(base)
-    runs.sort(key=lambda run: (run.backend != "jax", run.dtype != "bfloat16"))  # the slowest first
+    runs.sort(key=_is_fast)
     return list({run.run_id: run for run in runs}.values())
+
+
+def _is_fast(run: Run) -> tuple[bool, ...]:
+    """For a sort that begins with the slowest."""
+    return run.backend != "jax", not run.kernels.interpret, run.dtype != "bfloat16"
 
 
 def long(overrides: list[str], level: str) -> list[Run]:
