@@ -13,6 +13,9 @@ models are timed by the clock on the wall, launches included.
 Rows are written as they come, to DIR/kernels.json, and at the end DIR/kernels.md. Each section has
 a time limit, so that all fit in --budget seconds; what did not is listed as not measured. An error
 is a row; after one that leaves the device unusable the command goes on in a fresh process.
+
+Memory and races, where NVIDIA's tool is: compute-sanitizer --tool memcheck (then racecheck)
+python benchmarks/kernels.py --only parity --budget 3600.
 """
 
 import argparse
