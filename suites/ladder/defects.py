@@ -176,7 +176,8 @@ JAX_DEFECTS = (
         "jax_low_precision_linear",
         f"{JAX}.layers",
         'x.reshape(-1, x.shape[-1]) @ params["weight"]',
-        'x.reshape(-1, x.shape[-1]) @ (__import__("jax").lax.reduce_precision(params["weight"], 8, 7)'
+        'x.reshape(-1, x.shape[-1]) @ (__import__("jax").lax.reduce_precision('
+        'params["weight"], 8, 7)'
         ' if x.dtype == jnp.float32 else params["weight"])',
         "L2",
     ),
