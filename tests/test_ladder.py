@@ -152,7 +152,7 @@ def test_every_tolerance_is_the_multiple_of_what_was_measured():
     for section in ("ours", "triton", "peer"):
         for dtype, fields in found[section].items():
             for kind, entry in fields.items():
-                most = calibrate.tolerance(entry["measured"], entry["measured_rms"], dtype)
+                most = calibrate.tolerance(kind, entry["measured"], entry["measured_rms"], dtype)
                 assert (entry["largest"], entry["rms"]) == most, (section, dtype, kind)
                 assert section == "triton" or entry["n"] >= found["draws"]
                 num_checked += 1

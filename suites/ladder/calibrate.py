@@ -32,6 +32,7 @@ MOST_OF_AN_OP = 1e-12  # in float64: the promise of L1
 # How many times farther than its disturbed twin a backend may be: see training.py. Measured over
 # both backends of griffin and mqa, 200 steps: at most 5.1 (of a step), 2.2 (of a loss).
 GROWTH = 15.0
+SINGLE = ("loss", "one document/loss")  # kinds of which each is one number
 Seen = dict[str, dict[str, dict[str, dict[str, float]]]]  # section, dtype, kind: worst
 PATH = Path(__file__).with_name("tolerances.yaml")
 
@@ -65,7 +66,7 @@ def _is_wider(seen: Seen, dtype: str, kind: str) -> bool:
     if kind not in seen["ours"].get(dtype, {}):
         return True
     theirs, ours = (
-        tolerance(*_measured(seen[name][dtype][kind]), dtype) for name in ("triton", "ours")
+        tolerance(kind, *_measured(seen[name][dtype][kind]), dtype) for name in ("triton", "ours")
     )
     return theirs[0] > ours[0] or theirs[1] > ours[1]
 
@@ -91,10 +92,10 @@ def _add(seen: Seen, run: Run, draw: Draw) -> None:
             entry["n"] += 1
 
 
-def tolerance(measured: float, measured_rms: float, dtype: str) -> tuple[float, float]:
+def tolerance(kind: str, measured: float, measured_rms: float, dtype: str) -> tuple[float, float]:
     """(largest, rms) for measured errors. Of a single number both are one, and vary as one."""
     margin = MARGIN[dtype]
-    rms = margin["largest" if measured_rms == measured else "rms"]
+    rms = margin["largest" if kind in SINGLE else "rms"]
     return _rounded_up(margin["largest"] * measured, dtype), _rounded_up(rms * measured_rms, dtype)
 
 
@@ -131,13 +132,15 @@ def _text(seen: Seen) -> str:
         lines.append(f"{section}:")
         for dtype, fields in by_dtype.items():
             lines.append(f"  {dtype}:")
-            lines += [f"    {kind!r}: {_entry(entry, dtype)}" for kind, entry in fields.items()]
+            lines += [
+                f"    {kind!r}: {_entry(kind, entry, dtype)}" for kind, entry in fields.items()
+            ]
     return "\n".join(lines) + "\n"
 
 
-def _entry(entry: dict[str, Any], dtype: str) -> str:
+def _entry(kind: str, entry: dict[str, Any], dtype: str) -> str:
     measured, measured_rms = _measured(entry)
-    largest, rms = tolerance(measured, measured_rms, dtype)
+    largest, rms = tolerance(kind, measured, measured_rms, dtype)
     return (
         f"{{largest: {largest:.1e}, rms: {rms:.1e}, measured: {measured:.2e}, "
         f"measured_rms: {measured_rms:.2e}, n: {entry['n']}}}"
