@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from conftest import BACKENDS, tiny
 
-from implementations.engine import Kernels, Unsupported, auto, load_engine
+from implementations.engine import TPUS, Kernels, Unsupported, auto, load_engine
 from implementations.ops import OPS
 from suites import compose
 from suites.harness import plan
@@ -16,11 +16,23 @@ from suites.ladder import ops as op_checks
 from suites.ladder import plan as ladder
 
 SCAN = {"linear_scan": "triton", "interpret": True}
+PALLAS = {"linear_scan": "pallas_tpu", "interpret": True}
 
 
 def runs_of(*overrides: str) -> list[Run]:
     request = compose.read(["suite=parity", "size=tiny", *overrides])
     return [run for settings in request.settings for run in plan.expand(settings)]
+
+
+@pytest.fixture
+def jax_engine(monkeypatch):
+    """The module of the engine, as if scans and attention had every variant of Pallas."""
+    from implementations.jax_backend import engine
+
+    for module in (engine.attention, engine.linear_scan):
+        for name in ("pallas_tpu", "pallas_gpu"):
+            monkeypatch.setitem(module.VARIANTS, name, None)
+    return engine
 
 
 @pytest.fixture
@@ -44,14 +56,22 @@ def set_interpreting(monkeypatch, engine, is_interpreting: bool) -> None:
 
 def test_auto_is_triton_on_a_gpu_of_pytorch_alone(torch_engine, monkeypatch):
     assert auto("torch", "cpu")["layers"] == auto("jax", "cpu")["layers"] == "plain"
-    assert auto("jax", "h200") == {
-        "linear_scan": "analytic", "attention": "fused", "layers": "plain"
-    }  # fmt: skip
     set_interpreting(monkeypatch, torch_engine, False)
     found = torch_engine.resolve(Kernels(), "h200", "bfloat16")
     assert found == dict.fromkeys(("linear_scan", "attention", "layers"), "triton")
     mixed = torch_engine.resolve(Kernels(layers="plain"), "h200", "float32")
     assert mixed == found | {"layers": "plain"}
+
+
+def test_auto_follows_the_platform():
+    found = {kind: auto("jax", kind) for kind in ("cpu", "h200", *TPUS, "tpu")}
+    scans = {kind: variants["linear_scan"] for kind, variants in found.items()}
+    assert scans == {"cpu": "analytic", "h200": "pallas_gpu"} | dict.fromkeys(
+        (*TPUS, "tpu"), "pallas_tpu"
+    )
+    assert found["v6e"]["attention"] == "pallas_tpu"
+    assert found["h200"]["attention"] == "fused"
+    assert {variants["layers"] for variants in found.values()} == {"plain"}
 
 
 def test_in_float64_auto_never_stands_for_triton(torch_engine):
@@ -84,6 +104,32 @@ def test_kernels_that_cannot_run_are_refused(torch_engine, kernels, device_kind,
     with pytest.raises(Unsupported, match=message) as refusal:
         torch_engine.resolve(Kernels(**kernels), device_kind, dtype)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device_kind", "dtype", "message"),
+    [
+        ({"linear_scan": "pallas_tpu"}, "cpu", "float32", "linear_scan=pallas_tpu needs a TPU"),
+        ({"linear_scan": "pallas_tpu"}, "h200", "float32", "linear_scan=pallas_tpu needs a TPU"),
+        ({"attention": "pallas_gpu"}, "v5e", "bfloat16", "attention=pallas_gpu needs a GPU"),
+        (PALLAS | {"linear_scan": "pallas_gpu"}, "v5e", "float32", "needs a GPU"),
+        (PALLAS, "cpu", "float64", "linear_scan=pallas_tpu computes in float32"),
+        ({"interpret": True}, "cpu", "float32", "none of the kernels is one of Pallas"),
+        ({"attention": "fused"}, "cpu", "float64", "softmax is float32"),
+    ],
+)
+def test_pallas_that_cannot_run_is_refused(jax_engine, kernels, device_kind, dtype, message):
+    with pytest.raises(Unsupported, match=message) as refusal:
+        jax_engine.resolve(Kernels(**kernels), device_kind, dtype)
+    assert "\n" not in str(refusal.value)
+
+
+def test_pallas_is_interpreted_on_a_cpu_or_runs_where_it_belongs(jax_engine):
+    for kernels, kind in (
+        (Kernels(**PALLAS), "cpu"), (Kernels(), "v5e"), (Kernels(attention="pallas_gpu"), "h200")
+    ):  # fmt: skip
+        assert jax_engine.resolve(kernels, kind, "bfloat16") == auto("jax", kind) | kernels.chosen
+    assert jax_engine.resolve(Kernels(), "v5e", "float64") == auto("jax", "cpu")
 
 
 def test_the_interpreter_is_asked_for_in_both_places(torch_engine, monkeypatch):

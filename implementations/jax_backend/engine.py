@@ -24,29 +24,44 @@ from implementations.engine import (
     Unsupported,
     auto,
     check_dtype,
+    platform_of,
 )
 from implementations.jax_backend import model, ops
 from implementations.jax_backend.activations import Watched
 from implementations.jax_backend.kernels import attention, linear_scan, rms_norm
 from implementations.jax_backend.kernels.cross_entropy import cross_entropy
+from implementations.jax_backend.kernels.interpreter import interpreting
 from implementations.jax_backend.layers import exact, unembed
 from implementations.jax_backend.optimizer import adamw
 from implementations.ops import OPS
 
 jax.tree_util.register_dataclass(Batch, ["tokens_BT", "targets_BT", "position_BT"], [])
 
-# What a device calls itself, where that is not the name we ask for it by.
-DEVICE_NAMES = {"v5e": "v5 lite", "v6e": "v6 lite"}
+# What a TPU calls itself (jax.Device.device_kind), where we ask for it by another name.
+DEVICE_NAMES = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 
-def resolve(kernels: Kernels, device_kind: str) -> dict[str, str]:
-    """Kernel setting -> variant; Unsupported names one that is not offered."""
-    resolved = auto("jax", device_kind) | kernels.chosen
+def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
+    """Kernel setting -> variant; Unsupported names one that is not offered, or cannot run here."""
+    # in float64 what runs everywhere: the kernels of Pallas compute in float32, as fused does
+    resolved = auto("jax", CPU if dtype == "float64" else device_kind) | kernels.chosen
     linear_scan.check(resolved["linear_scan"])
     attention.check(resolved["attention"])
     rms_norm.check(resolved["layers"])
-    if kernels.interpret and not any(name.startswith("pallas") for name in resolved.values()):
+    if dtype == "float64" and resolved["attention"] == "fused":
+        raise Unsupported("kernels.attention=fused: JAX's softmax is float32, not float64.")
+    pallas = {key: name for key, name in resolved.items() if name.startswith("pallas")}
+    if not pallas and kernels.interpret:
         raise Unsupported("kernels.interpret=true, but none of the kernels is one of Pallas.")
+    for key, name in pallas.items():
+        needed, platform = name.removeprefix("pallas_"), platform_of(device_kind)
+        if dtype == "float64":
+            raise Unsupported(f"kernels.{key}={name} computes in float32: it has no float64.")
+        if platform != needed and not (kernels.interpret and platform == CPU):
+            raise Unsupported(
+                f"kernels.{key}={name} needs a {needed.upper()}; on a CPU kernels.interpret=true "
+                "runs it in Pallas' interpreter, for correctness only."
+            )
     return resolved
 
 
@@ -64,11 +79,7 @@ class Engine:
         self.device = find_device(device_kind)
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)
-            if kernels.attention == "auto":
-                kernels = replace(kernels, attention="plain")
-        resolved = resolve(kernels, device_kind)
-        if dtype == "float64" and resolved["attention"] == "fused":
-            raise Unsupported("kernels.attention=fused: JAX's softmax is float32, not float64.")
+        resolved = resolve(kernels, device_kind, dtype)
         self.kernels = replace(kernels, **resolved)
         self.resolved_kernels = resolved | {"program": "compiled"}
         self.device_name = self.device.device_kind
@@ -264,13 +275,17 @@ class Engine:
 
 
 def find_device(device_kind: str) -> jax.Device:
-    """The first device of a kind: cpu, gpu, tpu, or part of a device's own name (h200, v5e)."""
+    """The first device of a kind: cpu, gpu, tpu, a TPU's (v5e), or part of a GPU's name (h200)."""
     if device_kind == CPU:
         return jax.devices(CPU)[0]
-    wanted = DEVICE_NAMES.get(device_kind.lower(), device_kind.lower())
-    devices = jax.devices()
+    wanted, devices = device_kind.lower(), jax.devices()
     for device in devices:
-        if wanted == device.platform or wanted in device.device_kind.lower():
+        is_named = (
+            device.device_kind == DEVICE_NAMES[wanted]
+            if wanted in DEVICE_NAMES
+            else wanted in device.device_kind.lower()
+        )
+        if wanted == device.platform or is_named:
             return device
     found = ", ".join(sorted({device.device_kind for device in devices}))
     raise Unsupported(f"JAX finds no device {device_kind!r} here; it finds: {found}.")
@@ -285,17 +300,24 @@ def on_host(values: dict[str, Array]) -> dict[str, np.ndarray]:
 
 
 def program(*, static: tuple[str, ...], donated: tuple[str, ...] = ()) -> Callable:
-    """jax.jit, with products of float32 and float64 at full precision (read while tracing)."""
+    """jax.jit, with products of float32 and float64 at full precision, and kernels interpreted as
+    their settings say (both are read while tracing)."""
 
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         def traced(*args, **kwargs):
-            with jax.default_matmul_precision("highest"):
+            with jax.default_matmul_precision("highest"), interpreting(is_interpreted(kwargs)):
                 return function(*args, **kwargs)
 
         return jax.jit(traced, static_argnames=static, donate_argnames=donated)
 
     return decorate
+
+
+def is_interpreted(arguments: dict[str, Any]) -> bool:
+    """Whether a program's settings, the keywords `kernels` or `settings`, ask for it."""
+    kernels = arguments.get("kernels") or getattr(arguments.get("settings"), "kernels", None)
+    return kernels is not None and kernels.interpret
 
 
 @program(static=("dtype",))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from implementations.engine import CPU, ENGINES
+from implementations.engine import CPU, ENGINES, TPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("numpy", "jax", "jaxlib", "optax", "torch", "triton", "transformers", "aerie")
@@ -28,7 +28,7 @@ LIBRARIES = {
     "torch": ("numpy", "torch", "triton"),
     "transformers": ("numpy", "torch", "transformers"),
 }
-DEVICE_KINDS = (CPU, "a100", "h100", "h200", "v5e")
+DEVICE_KINDS = (CPU, "a100", "h100", "h200", *TPUS)
 
 
 @cache
