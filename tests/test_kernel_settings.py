@@ -208,14 +208,18 @@ def test_the_plan_shows_the_variants(tmp_path):
     assert (shown["linear_scan"], shown["attention"], shown["layers"]) == ("auto", "auto", "plain")
 
 
-OFFERED = {"linear_scan": ("sequential", "analytic", "triton", "triton_split"),
-           "attention": ("plain", "fused", "triton"), "rms_norm": ("plain", "triton")}  # fmt: skip
+OFFERED = {
+    "torch": {"linear_scan": ("sequential", "analytic", "triton", "triton_split"),
+              "attention": ("plain", "fused", "triton"), "rms_norm": ("plain", "triton")},
+    "jax": {"linear_scan": ("sequential", "analytic", "pallas_tpu", "pallas_gpu"),
+            "attention": ("plain", "fused", "pallas_tpu"), "rms_norm": ("plain",)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["mqa", "hawk", "griffin"])
 @pytest.mark.parametrize("device_kind", ["cpu", "h200"])
 def test_the_gate_interprets_the_kernels_of_a_family_together(monkeypatch, family, device_kind):
-    monkeypatch.setattr(ladder, "offered", lambda backend, file: OFFERED[file])
+    monkeypatch.setattr(ladder, "offered", lambda backend, file: OFFERED[backend][file])
     runs = runs_of(f"family={family}", f"device_kind={device_kind}", "backend=torch")
     found = [run.kernels for run in ladder._other_kernels(runs * 2)]
     has = {"linear_scan": family != "mqa", "attention": family != "hawk", "layers": True}
@@ -227,12 +231,30 @@ def test_the_gate_interprets_the_kernels_of_a_family_together(monkeypatch, famil
     split = {"linear_scan": "triton_split"}
     if device_kind == "cpu":
         together = dict.fromkeys(called, "triton")
-        assert interpreted == ([split] if has["linear_scan"] else []) + [together]
+        assert interpreted == [together] + ([split] if has["linear_scan"] else [])
         assert all("triton" not in name for chosen in alone for name in chosen.values())
     else:  # auto is triton
         assert not interpreted
         assert (split in alone) == has["linear_scan"]
         assert {"layers": "plain"} in alone
+
+
+def test_each_language_of_pallas_is_interpreted_by_itself(monkeypatch):
+    monkeypatch.setattr(ladder, "offered", lambda backend, file: OFFERED[backend][file])
+    (run,) = runs_of("family=griffin", "backend=jax")
+    found = [run.kernels.chosen for run in ladder._other_kernels([run]) if run.kernels.interpret]
+    assert found == [dict.fromkeys(("linear_scan", "attention"), "pallas_tpu"),
+                     {"linear_scan": "pallas_gpu"}]  # fmt: skip
+
+
+def test_what_auto_stands_for_elsewhere_is_interpreted_in_bfloat16_too(monkeypatch):
+    monkeypatch.setattr(ladder, "offered", lambda backend, file: OFFERED[backend][file])
+    runs = [run for run in ladder.gate(["family=hawk"]) if run.kernels.interpret]
+    found = {(run.dtype, run.kernels.linear_scan) for run in runs}
+    shipped = ("triton", "pallas_tpu", "pallas_gpu")
+    assert found == {("float32", "triton_split")} | {
+        (dtype, name) for dtype in ("float32", "bfloat16") for name in shipped
+    }
 
 
 def test_an_op_is_checked_again_with_the_kernels_that_it_calls():

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 
-from implementations.engine import CPU, auto
+from implementations.engine import AUTO, CPU, Kernels, auto
 from suites import compose
 from suites.harness import plan, provenance
 from suites.harness.run import Run
@@ -42,10 +42,7 @@ def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
         others = list(_other_kernels(run for run in base if run.dtype == "float32"))
         runs += others
         if any(run.dtype == "bfloat16" for run in base):  # what they are made for
-            together = (
-                run for run in others if run.kernels.interpret and run.kernels.layers != "auto"
-            )
-            runs += [replace(run, dtype="bfloat16") for run in together]
+            runs += [replace(run, dtype="bfloat16") for run in others if _is_shipped(run.kernels)]
     is_comparable = not levels or {"L4", "L7"} & set(levels)
     if "backend" not in typed and provenance.versions()[PEER] and is_comparable:
         runs += peer_runs(base)
@@ -80,22 +77,27 @@ def _other_kernels(runs: Iterable[Run]) -> Iterator[Run]:
 def _choices(run: Run) -> Iterator[tuple[dict[str, str], bool]]:
     """({setting: variant}, whether it is interpreted): all variants that `auto` does not stand for.
 
-    The first interpreted one of each setting go together, as an interpreter is slow.
+    Interpreted ones of one name go together, as an interpreter is slow.
     """
     resolved, together = auto(run.backend, run.device_kind), {}
     for setting, (mixer, file) in CALLED.items():
         if mixer is not None and mixer not in run.model.pattern:
             continue
         for name in offered(run.backend, file):
-            is_interpreted = run.device_kind == CPU and name.startswith(INTERPRETED)
             if name == resolved[setting]:
                 continue
-            if is_interpreted and setting not in together:
-                together[setting] = name
+            if run.device_kind == CPU and name.startswith(INTERPRETED):
+                together.setdefault(name, {})[setting] = name
             else:
-                yield {setting: name}, is_interpreted
-    if together:
-        yield together, True
+                yield {setting: name}, False
+    for chosen in together.values():
+        yield chosen, True
+
+
+def _is_shipped(kernels: Kernels) -> bool:
+    """Interpreted here, and what `auto` stands for on some other device."""
+    somewhere = {name for variants in AUTO.values() for name in variants.values()}
+    return kernels.interpret and not somewhere.isdisjoint(kernels.chosen.values())
 
 
 def need_peer() -> None:
