@@ -17,6 +17,7 @@ LINEAR_SCANS = ("auto", "sequential", "associative", "analytic", "triton", "trit
                 "pallas_tpu", "pallas_gpu")  # fmt: skip
 ATTENTIONS = ("auto", "plain", "fused", "triton", "pallas_tpu", "pallas_gpu")
 LAYERS = ("auto", "plain", "triton")
+LANGUAGES = ("triton", "pallas")  # of the kernels that are ours: their variants begin with it
 KERNEL_SETTINGS = ("linear_scan", "attention", "layers")  # of Kernels: each names a variant
 CPU = "cpu"
 TPUS = ("v4", "v5e", "v5p", "v6e")

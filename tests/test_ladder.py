@@ -10,7 +10,7 @@ from conftest import BACKENDS, FAMILIES, tiny
 from test_suites import MODEL, run_of, suite_of, taken
 
 from implementations import ops, parameters
-from implementations.engine import IGNORED, Batch, OptimizerConfig, auto, load_engine
+from implementations.engine import IGNORED, LANGUAGES, Batch, OptimizerConfig, auto, load_engine
 from suites import parity
 from suites.harness.executors import TENSORS_VARIABLE
 from suites.ladder import calibrate, check, plan, seeds, tables, training
@@ -149,12 +149,12 @@ def test_every_tolerance_is_the_multiple_of_what_was_measured():
     assert found["margin"] == calibrate.MARGIN
     assert found["training"]["growth"] == calibrate.GROWTH
     num_checked = 0
-    for section in ("ours", "triton", "peer"):
+    for section in ("ours", *LANGUAGES, "peer"):
         for dtype, fields in found[section].items():
             for kind, entry in fields.items():
                 most = calibrate.tolerance(kind, entry["measured"], entry["measured_rms"], dtype)
                 assert (entry["largest"], entry["rms"]) == most, (section, dtype, kind)
-                assert section == "triton" or entry["n"] >= found["draws"]
+                assert section in LANGUAGES or entry["n"] >= found["draws"]
                 num_checked += 1
     assert num_checked > 800
 

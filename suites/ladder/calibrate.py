@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from implementations.engine import LANGUAGES
 from suites.harness import provenance
 from suites.harness.run import Run
 from suites.ladder.check import dtype_of, kind_of, level_of, section_of
@@ -41,16 +42,17 @@ def calibrate(*, on_end: Callable[[int, int, str], None]) -> Path:
     """Measures, and writes the file. ValueError where a run fails or breaks a promise."""
     need_peer()
     requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in gate([])]
-    seen: Seen = {"ours": {}, "triton": {}, "peer": {}}
+    seen: Seen = {name: {} for name in ("ours", *LANGUAGES, "peer")}
     ends = in_parallel(requests, draws)
     for number, (request, found) in enumerate(ends, start=1):
         for draw in found:
             _add(seen, request.run, draw)
         on_end(number, len(requests), name_of(request.run))
-    seen["triton"] = {
-        dtype: {kind: entry for kind, entry in fields.items() if _is_wider(seen, dtype, kind)}
-        for dtype, fields in seen["triton"].items()
-    }
+    for name in LANGUAGES:
+        seen[name] = {
+            dtype: {k: entry for k, entry in fields.items() if _is_wider(seen, name, dtype, k)}
+            for dtype, fields in seen[name].items()
+        }
     PATH.write_text(_text(seen), encoding="utf-8")
     return PATH
 
@@ -61,12 +63,12 @@ def _num_draws(run: Run) -> int:
     return NUM_DRAWS if run.model.family == "griffin" else NUM_OTHER_DRAWS
 
 
-def _is_wider(seen: Seen, dtype: str, kind: str) -> bool:
-    """Whether Triton's kernels need more than what the others leave them."""
+def _is_wider(seen: Seen, language: str, dtype: str, kind: str) -> bool:
+    """Whether the kernels of a language need more than what the others leave them."""
     if kind not in seen["ours"].get(dtype, {}):
         return True
     theirs, ours = (
-        tolerance(kind, *_measured(seen[name][dtype][kind]), dtype) for name in ("triton", "ours")
+        tolerance(kind, *_measured(seen[name][dtype][kind]), dtype) for name in (language, "ours")
     )
     return theirs[0] > ours[0] or theirs[1] > ours[1]
 
@@ -119,8 +121,8 @@ def _text(seen: Seen) -> str:
         "# What parity allows, by kind of field and dtype: a multiple (margin) of the largest",
         "# error measured. largest: of one element, over the largest true one; rms: both as root",
         "# mean squares. n: tensors compared, over seeds, families, settings, layers, kernels and",
-        "# both backends; triton: what its kernels, interpreted, need beyond those; peer:",
-        "# transformers' RecurrentGemma. Written by the command: do not edit.",
+        "# both backends; triton and pallas: what these kernels, interpreted, need beyond those;",
+        "# peer: transformers' RecurrentGemma. Written by the command: do not edit.",
         *(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}"
           for key, value in head.items()),
         "margin:",

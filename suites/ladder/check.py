@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from implementations.engine import auto
+from implementations.engine import LANGUAGES, auto
 from suites.harness.measure import sample
 from suites.harness.record import Sample
 from suites.harness.run import Run
@@ -139,10 +139,10 @@ def dtype_of(field: str, dtype: str) -> str:
 
 def section(run: Run, dtype: str) -> dict[str, Any]:
     """Tolerances by kind of field: one set for both of our backends, one for a peer; and for the
-    kernels of Triton those that must be wider, such as where they keep a state in bfloat16."""
+    kernels of Triton and Pallas those that must be wider, such as where a state is bfloat16."""
     name = section_of(run)
     shared = tolerances()["peer" if name == "peer" else "ours"].get(dtype, {})
-    return shared | tolerances()["triton"].get(dtype, {}) if name == "triton" else shared
+    return shared | tolerances()[name].get(dtype, {}) if name in LANGUAGES else shared
 
 
 def section_of(run: Run) -> str:
@@ -150,7 +150,8 @@ def section_of(run: Run) -> str:
     if run.backend == "transformers":
         return "peer"
     variants = auto(run.backend, run.device_kind) | run.kernels.chosen
-    return "triton" if any(name.startswith("triton") for name in variants.values()) else "ours"
+    languages = {name.partition("_")[0] for name in variants.values()}
+    return next((name for name in LANGUAGES if name in languages), "ours")
 
 
 def to_bfloat16(value: np.ndarray) -> np.ndarray:

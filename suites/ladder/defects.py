@@ -34,7 +34,7 @@ class Defect:
     @property
     def is_interpreted(self) -> bool:
         """Of a kernel that runs in its interpreter here."""
-        return self.name.startswith("torch_triton_")
+        return self.name.startswith(("torch_triton_", "jax_pallas_"))
 
 
 def plant(defect: Defect) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from implementations import ops, reference
 from implementations.config import ModelConfig
-from implementations.engine import Engine
+from implementations.engine import LANGUAGES, Engine
 from implementations.reference import Params
 from suites.harness.run import Run
 from suites.ladder.check import Check, section_of, to_bfloat16
@@ -111,7 +111,7 @@ def cases(run: Run) -> Iterator[Case]:
     yield Case("gelu", {}, {"x": 2 * normal(B, T, F)})
     if "rg_lru" in config.layer_mixers:
         yield from _recurrent_cases(config, params, batch.position_BT, normal, rng)
-        if section_of(run) == "triton":
+        if section_of(run) in LANGUAGES:
             yield from _long_cases(config, params, normal, rng)
     if "mqa" in config.layer_mixers:
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim

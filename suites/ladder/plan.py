@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 
-from implementations.engine import AUTO, CPU, Kernels, auto
+from implementations.engine import AUTO, CPU, LANGUAGES, Kernels, auto
 from suites import compose
 from suites.harness import plan, provenance
 from suites.harness.run import Run
@@ -23,7 +23,6 @@ CALLED = {
     "attention": ("mqa", "attention"),
     "layers": (None, "rms_norm"),
 }
-INTERPRETED = ("triton", "pallas")  # on a CPU
 
 
 def gate(overrides: list[str], levels: Iterable[str] = ()) -> list[Run]:
@@ -86,7 +85,7 @@ def _choices(run: Run) -> Iterator[tuple[dict[str, str], bool]]:
         for name in offered(run.backend, file):
             if name == resolved[setting]:
                 continue
-            if run.device_kind == CPU and name.startswith(INTERPRETED):
+            if run.device_kind == CPU and name.startswith(LANGUAGES):
                 together.setdefault(name, {})[setting] = name
             else:
                 yield {setting: name}, False

@@ -104,7 +104,7 @@ def _parts(defect: Defect, runs: list[Run]) -> Iterator[Run]:
     """Where a defect is looked for: in the ops first, then where it is expected, then elsewhere."""
     if defect.is_interpreted:
         for dtype, levels in (OPS32, MODEL32, BFLOAT16):
-            for run in (run for run in runs if run.dtype == dtype):
+            for run in (r for r in runs if (r.backend, r.dtype) == (defect.backend, dtype)):
                 yield replace(run, workload=replace(run.workload, levels=levels))
         return
     if defect.backend is None:
