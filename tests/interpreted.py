@@ -25,6 +25,12 @@ import pytest
 # One thread: the tiles are small, and a machine's cores are shared with other workers.
 ENVIRONMENTS = {
     "triton": {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    "pallas": {
+        "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is nearly all of its work
+    },
 }
 TIMEOUT_S = 300
 

@@ -7,7 +7,7 @@ Truth: implementations/mixers/rg_lru.py.
 from jax import Array
 
 from implementations.jax_backend.kernels.linear_scan import check
-from implementations.jax_backend.kernels.rg_lru import decay_and_input
+from implementations.jax_backend.kernels.rg_lru import decay_and_input, slowest
 
 
 def rg_lru_step(
@@ -26,7 +26,6 @@ def rg_lru_step(
             "rg_lru_step needs x, its gates and h of one shape [B, R]; got x "
             f"{x_BR.shape}, gates {a_gate_BR.shape} and {input_gate_BR.shape}, h {h_BR.shape}."
         )
-    a_BR, input_BR = decay_and_input(
-        x_BR, a_gate_BR, input_gate_BR, a_param_R, position_BT == 0, h_BR.dtype
-    )
+    inputs = (x_BR, a_gate_BR, input_gate_BR, slowest(a_param_R, h_BR.dtype))
+    a_BR, input_BR = decay_and_input(*inputs, position_BT == 0, h_BR.dtype)
     return a_BR * h_BR + input_BR

@@ -1,0 +1,44 @@
+"""One call of a scan of Pallas in an interpreter, beside its truth: errors by field of parity."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from scan_cases import Errors, scan_case
+
+from implementations.engine import Kernels
+from implementations.jax_backend import ops
+from implementations.jax_backend.kernels.interpreter import interpreting
+
+KERNELS = Kernels(attention="plain", layers="plain")
+# as operations of XLA; or with a TPU's memories simulated, what is not written being NaN
+MODES = {"values": True, "races": pltpu.InterpretParams(detect_races=True)}
+
+
+def op_errors(variant: str, mode: str = "values", **shape) -> Errors:
+    """linear_scan or rg_lru, as parity calls it: values, and gradients of everything given."""
+    case = scan_case(**shape)
+    settings = ops.Settings(case.config, replace(KERNELS, linear_scan=variant), case.dtype)
+    run = jax.jit(partial(ops.call, case.op, settings))  # as one program: quicker to compile
+    with interpreting(MODES[mode]):
+        outputs, dparams, dinputs = run(
+            {name: jnp.asarray(value) for name, value in case.params.items()},
+            {
+                name: jnp.asarray(value, case.dtype_of(name))
+                for name, value in case.floats().items()
+            },
+            {name: jnp.asarray(value) for name, value in case.integers().items()},
+            tuple(map(jnp.asarray, case.doutputs)),
+        )
+    return case.errors(tuple(map(array, outputs)), *map(arrays, (dparams, dinputs)))
+
+
+def arrays(values: dict) -> dict[str, np.ndarray]:
+    return {name: array(value) for name, value in values.items()}
+
+
+def array(value: jnp.ndarray) -> np.ndarray:
+    return np.asarray(value, np.float32)
