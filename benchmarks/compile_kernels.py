@@ -393,7 +393,7 @@ def _call_real(op: CustomOpDef, *args, **kwargs):
 
 def _row(function: JITFunction, kernel, target: str) -> Row:
     metadata = kernel.metadata
-    read = _read_cuda if metadata.target.backend == "cuda" else _read_hip
+    read = read_cuda if metadata.target.backend == "cuda" else _read_hip
     registers, spill_bytes, instructions = read(kernel)
     return Row(
         kernel=f"{function.module.rpartition('.')[2]}.{function.fn.__name__}",
@@ -418,7 +418,7 @@ def _config(function: JITFunction, kernel) -> str:
     return " ".join([",".join(dtypes), *constants, warps])
 
 
-def _read_cuda(kernel) -> tuple[int, int, dict[str, int]]:
+def read_cuda(kernel) -> tuple[int, int, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])

@@ -2,6 +2,7 @@
 kernel keeps its registers and its shared memory."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -241,3 +242,18 @@ def test_the_command_prints_rows():
             "instructions",
         }
     assert done.stderr.count("\n") == len(DTYPES)
+
+
+@pytest.mark.slow
+def test_no_kernel_of_pallas_spills():
+    script = ROOT / "benchmarks" / "compile_pallas.py"
+    done = subprocess.run(
+        [sys.executable, script, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    rows = json.loads(done.stdout)
+    assert len(rows) == 4 * len(DTYPES) * sum(t.target.backend == "cuda" for t in CHIPS.values())
+    assert {row["spill_bytes"] for row in rows} == {0}

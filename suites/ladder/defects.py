@@ -587,6 +587,52 @@ TRITON_DEFECTS = (
     ),
 )
 
+# In Pallas' kernels, which are interpreted to see it.
+PALLAS_DEFECTS = (
+    Defect(
+        "jax_pallas_beyond_the_end",
+        f"{JAX}.kernels.linear_scan_tpu",
+        "a_buffer[:, first:, :] = jnp.ones_like",
+        "a_buffer[:, first:, :] = jnp.zeros_like",
+        "L2",
+    ),
+    Defect(
+        "jax_pallas_piece_starts_empty",
+        f"{JAX}.kernels.linear_scan_tpu",
+        "firsts[s] = state",
+        "firsts[s] = 0 * state",
+        "L2",
+    ),
+    Defect(
+        "jax_pallas_last_gradient_dropped",
+        f"{JAX}.kernels.rg_lru_tpu",
+        "(h0_BR[:, None], dh_BR[:, None])",
+        "(h0_BR[:, None], 0 * dh_BR[:, None])",
+        "L3",
+    ),
+    Defect(
+        "jax_pallas_no_reset",
+        f"{JAX}.kernels.gate",
+        "jnp.where(position == 0,",
+        "jnp.where(position == -1,",
+        "L2",
+    ),
+    Defect(
+        "jax_pallas_gradient_of_decay",
+        f"{JAX}.kernels.gate",
+        "dlog_a = g * a * (h - a * slope * i * x)",
+        "dlog_a = g * a * (h + a * slope * i * x)",
+        "L3",
+    ),
+    Defect(
+        "jax_pallas_gradient_without_first_state",
+        f"{JAX}.kernels.linear_scan_gpu",
+        "jnp.where(t == 0, h0, h)",
+        "jnp.where(t == -1, h0, h)",
+        "L3",
+    ),
+)
+
 # "Peer": against transformers' RecurrentGemma, same weights. "Differences": the loss along random
 # directions against loss_and_grad. Most faults of an equation, not of its gradient, show in both.
 FLOOR_DEFECTS = (
@@ -683,4 +729,4 @@ FLOOR_DEFECTS = (
     ),
 )
 
-DEFECTS = JAX_DEFECTS + TORCH_DEFECTS + TRITON_DEFECTS + FLOOR_DEFECTS
+DEFECTS = JAX_DEFECTS + PALLAS_DEFECTS + TORCH_DEFECTS + TRITON_DEFECTS + FLOOR_DEFECTS

@@ -1,0 +1,122 @@
+"""Every Pallas kernel for GPU, compiled ahead of time, and what the compiler made of it.
+
+    python benchmarks/compile_pallas.py [--json] [--target sm_90 ...]
+
+No GPU is needed: JAX lowers each kernel to Triton's language, and Triton compiles that. XLA has a
+Triton of its own, of another version, so registers are an estimate. Rows, limits and exit code are
+those of compile_kernels.py. Kernels for TPU: `aerie compile`, phase `kernel`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import triton
+from compile_kernels import CHIPS, DTYPES, B, R, Row, T, print_table, problems_of, read_cuda
+from jax._src.interpreters import mlir  # noqa: F401, registers the dialects of a lowered module
+from jax._src.lib import triton as dialect
+from jax._src.lib.mlir import ir
+
+from implementations.jax_backend.kernels.linear_scan import linear_scan
+from implementations.jax_backend.kernels.rg_lru import rg_lru
+
+TARGETS = [name for name, chip in CHIPS.items() if chip.target.backend == "cuda"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    name: str
+    num_warps: int
+    num_stages: int
+    code: str  # in Triton's intermediate representation
+
+
+def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def scans(dtype: str) -> Iterator[Lowered]:
+    steps, state = shape(B, T, R, dtype=dtype), shape(B, R)
+    yield from lowered(linear_scan, (steps, steps, state), (steps, state))
+    inputs = (steps, steps, steps, shape(R), shape(B, T, dtype="int32"), state)
+    yield from lowered(rg_lru, inputs, (steps, state))
+
+
+def lowered(op, inputs: tuple, doutputs: tuple) -> Iterator[Lowered]:
+    """The kernels of an op, forward and backward."""
+
+    def run(inputs: tuple, doutputs: tuple) -> tuple:
+        outputs, pull = jax.vjp(lambda *inputs: op(*inputs, "pallas_gpu"), *inputs)
+        return outputs, pull(doutputs)
+
+    module = jax.jit(run).trace(inputs, doutputs).lower(lowering_platforms=("cuda",))
+    for call in calls(module.compiler_ir("stablehlo").operation):
+        settings = ir.DictAttr(call.attributes["mhlo.backend_config"])
+        with ir.Context() as context:
+            dialect.dialect.register_dialect(context)
+            code = str(ir.Module.parse(settings["ir"].value_bytes))
+        numbers = [ir.IntegerAttr(settings[key]).value for key in ("num_warps", "num_stages")]
+        yield Lowered(ir.StringAttr(settings["name"]).value, *numbers, code)
+
+
+def calls(operation) -> Iterator:
+    """Every call of a Triton kernel within."""
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                target = inner.operation.attributes
+                if "call_target_name" in target and "triton" in str(target["call_target_name"]):
+                    yield inner.operation
+                yield from calls(inner.operation)
+
+
+def compiled(kernel: Lowered, dtype: str, target: str) -> Row:
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{kernel.name}.ttir"
+        path.write_text(kernel.code)
+        made = triton.compile(str(path), target=CHIPS[target].target, options=options)
+    registers, spill_bytes, instructions = read_cuda(made)
+    return Row(
+        kernel=kernel.name,
+        target=target,
+        config=f"{dtype} num_warps={kernel.num_warps}",
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=made.metadata.shared,
+        tensor_columns=getattr(made.metadata, "tmem_size", None) or 0,
+        instructions=instructions,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    arguments = parser.parse_args()
+    rows = [
+        compiled(kernel, dtype, target)
+        for dtype in DTYPES
+        for kernel in scans(dtype)
+        for target in arguments.target
+    ]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print_table(rows)
+    problems = [problem for row in rows for problem in problems_of(row)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
