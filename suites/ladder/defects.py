@@ -140,7 +140,7 @@ JAX_DEFECTS = (
     Defect(
         "jax_decay_without_factor",
         f"{JAX}.kernels.rg_lru",
-        "-8 * jax.nn.softplus(",
+        "-DECAY * jax.nn.softplus(",
         "-jax.nn.softplus(",
         "L1",
     ),
