@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from implementations.engine import Unsupported
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import rg_lru
 
@@ -55,6 +56,15 @@ def test_every_variant_lowers(op, variant, platform, dtype):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     target = {"pallas_tpu": "tpu_custom_call", "pallas_gpu": "triton"}.get(variant)
     assert target is None or target in text
+
+
+@pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
+def test_more_elements_than_32_bits_count_are_refused(op):
+    with pytest.raises(Unsupported, match="batch 64 x 8192 steps x 4096 channels") as refusal:
+        jax.eval_shape(
+            partial(with_gradients, op, "pallas_gpu"), *shapes_of(op, 64, 8192, 4096, "bfloat16")
+        )
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from implementations.engine import Unsupported
 from implementations.jax_backend.kernels import interpreter
 
 BLOCK_R = 64  # a row of bfloat16 is a line of 128 bytes
 ROWS = 16  # forward: 4 KiB of bfloat16 under way a program
+MAX_ELEMENTS = 2**31
 BACKWARD_ROWS = 8  # it holds more for each row
 PARAMS = pltriton.CompilerParams(num_warps=2, num_stages=1)  # a channel a thread
 
@@ -129,6 +131,11 @@ class Lanes:
     """The grid of all programs: each owns a lane, one sequence and BLOCK_R of its channels."""
 
     def __init__(self, B: int, T: int, R: int) -> None:
+        if B * T * R >= MAX_ELEMENTS:
+            raise Unsupported(
+                f"pallas_gpu counts elements in 32 bits: batch {B} x {T} steps x {R} channels is "
+                f"{B * T * R}; fewer than {MAX_ELEMENTS} are possible. Take another linear_scan."
+            )
         self.T, self.R = T, R
         self.grid = (B, pl.cdiv(R, BLOCK_R))
         self.state_shape = jax.ShapeDtypeStruct((B, R), jnp.float32)
