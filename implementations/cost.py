@@ -7,6 +7,7 @@ multiply-add is 2 FLOPs; a backward pass is twice its forward pass.
 
 from implementations.config import ModelConfig
 from implementations.mixers import load_mixer
+from implementations.mixers.rg_lru import RECURRENCE_FLOPS
 from implementations.parameters import param_specs
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -52,6 +53,17 @@ def prefill_flops(config: ModelConfig, batch_size: int, prompt_len: int) -> floa
     return batch_size * (prompt_len * (per_token - logits) + logits)
 
 
+def decode_flops(config: ModelConfig, batch_size: int, contexts: range) -> float:
+    """FLOPs of decode steps, one for each context behind them."""
+    keys = (visible_keys(config, context) for context in contexts)
+    return batch_size * sum(forward_flops_per_token(config, num_keys) for num_keys in keys)
+
+
+def recurrence_flops(config: ModelConfig, batch_size: int, seq_len: int) -> float:
+    """Forward and backward FLOPs of one layer's recurrence, without its gates' products."""
+    return 3 * RECURRENCE_FLOPS * batch_size * seq_len * config.d_rnn
+
+
 def cache_bytes(config: ModelConfig, *, batch_size: int, capacity: int, dtype: str) -> int:
     """Bytes of every layer's state for `capacity` positions, of the whole batch."""
     size = ITEMSIZE[dtype]
@@ -67,6 +79,32 @@ def decode_bytes(config: ModelConfig, *, batch_size: int, context: int, dtype: s
     """Bytes that one decode step must move: every weight once, the visible cache (eq. 5)."""
     visible = cache_bytes(config, batch_size=batch_size, capacity=context + 1, dtype=dtype)
     return param_bytes(config, dtype) + visible
+
+
+def train_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes that one step must move, activations not counted: parameters and two moments read and
+    written, gradients written and read once their norm is known; in at least float32."""
+    return 8 * num_params(config) * max(ITEMSIZE[dtype], 4)
+
+
+def prefill_bytes(config: ModelConfig, *, batch_size: int, prompt_len: int, dtype: str) -> int:
+    """Bytes that a prefill must move, activations not counted: every weight, the cache written."""
+    written = cache_bytes(config, batch_size=batch_size, capacity=prompt_len, dtype=dtype)
+    return param_bytes(config, dtype) + written
+
+
+def recurrence_bytes(config: ModelConfig, *, batch_size: int, seq_len: int, dtype: str) -> int:
+    """Bytes that the RG-LRU of one layer must move, from its gates on: forward x and both gates are
+    read and the states written; backward the same and the states' gradient are read, and three
+    gradients written."""
+    return (4 + 8) * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
+
+
+def recurrence_memory_bytes(
+    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: str
+) -> int:
+    """Predicted peak of its forward and backward alone: inputs, states, and a gradient of each."""
+    return 8 * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
 
 
 def train_memory_bytes(
@@ -100,15 +138,21 @@ def train_memory_bytes(
 
 
 def inference_memory_bytes(
-    config: ModelConfig, *, batch_size: int, prompt_len: int, capacity: int, dtype: str
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    prompt_len: int,
+    capacity: int,
+    dtype: str,
+    keeps_master: bool = True,
 ) -> int:
     """Predicted peak of prefill and decode: weights, cache, and one layer of prompt activations.
 
-    An engine keeps its float32 weights beside those cast to bfloat16.
+    An engine keeps its float32 weights beside those cast to bfloat16; a program alone does not.
     """
     size = ITEMSIZE[dtype]
     weights = param_bytes(config, dtype)
-    if size < ITEMSIZE["float32"]:
+    if keeps_master and size < ITEMSIZE["float32"]:
         weights += param_bytes(config, "float32")
     widest = max(4 * config.d_mlp, 6 * config.d_rnn, 4 * config.num_heads * config.head_dim)
     activations = batch_size * prompt_len * (widest + 2 * config.d_model) * size

@@ -1,5 +1,6 @@
 """What a backend must offer: the Engine protocol, its settings, and the way to load one."""
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ ENGINES = {
     "torch": "implementations.torch_backend.engine",
     "transformers": "implementations.transformers_backend.engine",
 }
+COMPILERS = {"jax": "implementations.jax_backend.ahead_of_time"}  # for devices that are not here
 LINEAR_SCANS = ("auto", "sequential", "associative", "analytic", "triton", "triton_split",
                 "pallas_tpu", "pallas_gpu")  # fmt: skip
 ATTENTIONS = ("auto", "plain", "fused", "triton", "pallas_tpu", "pallas_gpu")
@@ -52,6 +54,18 @@ def platform_of(device_kind: str) -> str:
     if device_kind == CPU:
         return CPU
     return "tpu" if device_kind.lower() in ("tpu", *TPUS) else "gpu"
+
+
+def tpu_of(topology: str) -> str:
+    """The kind of TPU in a topology's name, v5e of v5e:2x2; ValueError where it is none."""
+    found = re.fullmatch(rf"({'|'.join(TPUS)}):(\d+)x(\d+)(?:x(\d+))?", topology)
+    sides = [int(side) for side in found.groups()[1:] if side] if found else [0]
+    if 0 in sides or any(side % 2 for side in sides[:2]):
+        raise ValueError(
+            f"topology {topology!r} is not known. A topology is a kind of TPU ({', '.join(TPUS)}) "
+            "and its chips, by hosts of 2x2: v5e:2x2, v5e:4x4, v5p:2x2x1."
+        )
+    return found[1]
 
 
 # (backend, platform) -> the variant that `auto` stands for in each setting. Layers of JAX are left
@@ -126,6 +140,10 @@ class Batch:
 
 class Unsupported(Exception):
     """These settings can run nowhere, or not on this device; the message is one line."""
+
+
+class CompileError(Exception):
+    """What a compiler refuses, in its words: one line."""
 
 
 class Engine(Protocol):
@@ -215,6 +233,50 @@ class Engine(Protocol):
         """Highest allocation on the device so far; None where the device does not count (a CPU)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of one program. Of FLOPs and times it says too, and is wrong: on a
+    model of 14 billion parameters half the FLOPs, and a negative time."""
+
+    seconds: float  # that it took
+    peak_memory_bytes: int  # of the device: arguments, results and what lives between them
+    collectives: dict[str, int]  # between devices, by kind
+    kernels: tuple[str, ...]  # hand-written ones in it, by the names they have in the program
+
+
+class Compiler(Protocol):
+    """The programs of one model as its Engine runs them, compiled for one device of a topology
+    that is not here. No array is made. What does not compile raises CompileError; what does not
+    fit in the device's memory MemoryError; both in the compiler's words."""
+
+    config: ModelConfig
+    resolved_kernels: dict[str, str]
+    device_name: str
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: str, kernels: Kernels, topology: str
+    ) -> None: ...
+
+    def train(
+        self,
+        optimizer: OptimizerConfig,
+        *,
+        batch_size: int,
+        seq_len: int,
+        activation_checkpointing: bool = False,
+    ) -> Compiled:
+        """One optimizer step."""
+
+    def prefill(self, *, batch_size: int, prompt_len: int, capacity: int) -> Compiled:
+        """A prompt in one piece, into an empty cache."""
+
+    def decode(self, *, batch_size: int, capacity: int, num_tokens: int) -> Compiled:
+        """num_tokens steps in one program."""
+
+    def recurrence(self, *, batch_size: int, seq_len: int) -> Compiled:
+        """The RG-LRU of one layer from its gates on, forward and backward."""
+
+
 def load_engine(name: str) -> type[Engine]:
     """The Engine class of a backend; importing it imports the framework."""
     if name not in ENGINES:
@@ -223,6 +285,11 @@ def load_engine(name: str) -> type[Engine]:
             "To add one, see ENGINES in implementations/engine.py."
         )
     return import_module(ENGINES[name]).Engine
+
+
+def load_compiler(name: str) -> type[Compiler]:
+    """The Compiler class of a backend; importing it imports the framework."""
+    return import_module(COMPILERS[name]).Compiler
 
 
 def check_dtype(dtype: str) -> str:

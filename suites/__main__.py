@@ -153,6 +153,14 @@ def parity(
     )
 
 
+@app.command("compile")
+def compile_(overrides: Overrides = None, results: Results = RAW, as_json: Json = False) -> None:
+    """Compile a model for a TPU that is not here, topology=v5e:2x2: its memory, or why not."""
+    from suites import ahead
+
+    raise typer.Exit(ahead.compile_(overrides or [], results, as_json=as_json))
+
+
 @app.command()
 def doctor(results: Results = RAW, as_json: Json = False) -> None:
     """Say what this machine has: cores, memory, devices, versions, disk."""

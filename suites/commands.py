@@ -60,7 +60,7 @@ def run(
             reports.print_side_by_side(store, {item.run.run_id for item in planned})
         _print_ends(planned, ahead, result)
         print(f"report: {path}")
-    return _exit_code([*ahead, *planned], result)
+    return exit_code([*ahead, *planned], result)
 
 
 def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
@@ -339,6 +339,12 @@ def run_pending(
     return result, planned
 
 
+def counted(store: Path, item: Planned) -> dict[str, Any] | None:
+    """The newest attempt of the present build, else the newest."""
+    records = plan.attempts(store, item.run.run_id)
+    return next((r for r in reversed(records) if r["build"] == item.build), (records or [None])[-1])
+
+
 def _reads_text(run: Run) -> bool:
     """Whether a run trains on its data set; timing runs draw random tokens."""
     return run.workload.phase == "train" and run.workload.num_steps > 0
@@ -368,7 +374,7 @@ def _final(planned: list[Planned], result: Result) -> Counter:
     )
 
 
-def _exit_code(planned: list[Planned], result: Result) -> int:
+def exit_code(planned: list[Planned], result: Result) -> int:
     ends = ((item.run, result.outcomes.get(item.run.run_id) or item.outcome) for item in planned)
     fine = all(plan.ended_as_planned(run, outcome) for run, outcome in ends)
     return AS_PLANNED if fine and not result.is_interrupted else NOT_AS_PLANNED

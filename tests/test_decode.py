@@ -138,7 +138,7 @@ def test_a_full_cache_says_so(backend):
 
 def test_a_length_is_one_program_on_an_empty_cache_and_on_a_full_one():
     engine = engine_of("jax", "hawk")
-    programs = import_module("implementations.jax_backend.engine")._extend
+    programs = import_module("implementations.jax_backend.engine").extend_program
     before = programs._cache_size()
     tokens_BT = tokens_of(10)
     _, cache = engine.extend(tokens_BT[:, :5], engine.empty_cache(B, capacity=T))

@@ -65,6 +65,12 @@ def resolve(kernels: Kernels, device_kind: str, dtype: str) -> dict[str, str]:
     return resolved
 
 
+def kernels_of(kernels: Kernels, device_kind: str, dtype: str) -> tuple[Kernels, dict[str, str]]:
+    """The settings with every variant named, and what a record says of them."""
+    resolved = resolve(kernels, device_kind, dtype)
+    return replace(kernels, **resolved), resolved | {"program": "compiled"}
+
+
 class Engine:
     def __init__(
         self,
@@ -79,9 +85,7 @@ class Engine:
         self.device = find_device(device_kind)
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)
-        resolved = resolve(kernels, device_kind, dtype)
-        self.kernels = replace(kernels, **resolved)
-        self.resolved_kernels = resolved | {"program": "compiled"}
+        self.kernels, self.resolved_kernels = kernels_of(kernels, device_kind, dtype)
         self.device_name = self.device.device_kind
         self.master_dtype = "float64" if dtype == "float64" else "float32"
         self._settings = {"config": config, "kernels": self.kernels}
@@ -153,7 +157,7 @@ class Engine:
         )
 
     def train_step(self, batch: Batch) -> Array:
-        params, self._optimizer_state, loss = _train_step(
+        params, self._optimizer_state, loss = train_program(
             self.params, self._optimizer_state, self._put(batch), **self._train_settings
         )
         self._replace_params(params)
@@ -211,7 +215,7 @@ class Engine:
     def decode(self, token_B: Array, cache: tuple, *, num_tokens: int) -> tuple[Array, tuple]:
         states, position_B = cache
         self._check_room(cache, num_tokens)
-        tokens_BT, states = _decode(
+        tokens_BT, states = decode_program(
             self._compute_params,
             self._put(token_B),
             states,
@@ -254,7 +258,7 @@ class Engine:
         T = tokens_BT.shape[1]
         self._check_room(cache, T)
         position_BT = position_B[:, None] + np.arange(T, dtype=np.int32)
-        logits_BTV, states = _extend(
+        logits_BTV, states = extend_program(
             self._compute_params,
             self._put(np.asarray(tokens_BT, np.int32)),
             states,
@@ -365,7 +369,7 @@ def _loss_and_grad(params: dict, batch: Batch, **settings) -> tuple[Array, dict]
     static=("config", "kernels", "dtype", "optimizer", "activation_checkpointing"),
     donated=("params", "state"),
 )
-def _train_step(
+def train_program(
     params: dict, state: tuple, batch: Batch, *, optimizer: OptimizerConfig, **settings
 ) -> tuple[dict, tuple, Array]:
     loss, grads = jax.value_and_grad(model.loss)(params, batch, **settings)
@@ -379,7 +383,7 @@ def _empty_states(config: ModelConfig, batch_size: int, capacity: int, dtype: st
 
 
 @program(static=("config", "kernels", "is_last_only"), donated=("states",))
-def _extend(
+def extend_program(
     params: dict,
     tokens_BT: Array,
     states: tuple,
@@ -400,7 +404,7 @@ def _next_token(logits_BTV: Array) -> Array:
 
 
 @program(static=("config", "kernels", "num_tokens"), donated=("states",))
-def _decode(
+def decode_program(
     params: dict, token_B: Array, states: tuple, position_B: Array, *, num_tokens: int, **settings
 ) -> tuple[Array, tuple]:
     soft_cap = settings["config"].logit_soft_cap

@@ -18,7 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from implementations.engine import Unsupported, load_engine
+from implementations.engine import (
+    CompileError,
+    Compiler,
+    Engine,
+    Unsupported,
+    load_compiler,
+    load_engine,
+)
 from suites.harness import data, measure, provenance
 from suites.harness.executors import Ended
 from suites.harness.record import PHASES, Record, Sample, record_path, write
@@ -96,6 +103,8 @@ def execute(store: Path, task: Task) -> Record:
         outcome, reason = "invalid_measurement", _first_line(error)
     except measure.OutOfMemoryPredicted as error:
         outcome, reason = "out_of_memory_predicted", _first_line(error)
+    except CompileError as error:
+        outcome, reason = "compile_error", str(error)
     except Exception as error:
         outcome, reason = _outcome_of(error), f"{type(error).__name__}: {_first_line(error)}"
         path = record_path(store, task.run.run_id, task.attempt).with_suffix(".traceback.txt")
@@ -168,27 +177,32 @@ def _measure(run: Run, samples: list[Sample], found: dict[str, Any]) -> None:
     """Appends samples and provenance as they come: what was measured before an end is kept."""
     found["load_average"] = list(os.getloadavg())
     suite = import_module(f"suites.{run.suite}")
-    engine_class = load_engine(run.backend)
+    is_run = run.workload.topology is None
+    engine_class = (load_engine if is_run else load_compiler)(run.backend)
     found["num_threads"] = measure.num_cpu_threads()
     measure.phase("init")
     start = time.perf_counter()
-    engine = engine_class(
-        run.model,
-        dtype=run.dtype,
-        kernels=run.kernels,
-        device_kind=run.device_kind,
-        seed=run.seed,
-    )
-    engine.synchronize()
+    engine = _open(engine_class, run)
     samples.append(measure.sample("init_time_s", time.perf_counter() - start))
     found["resolved_kernels"] = dict(engine.resolved_kernels)
     if engine.device_name != run.device_kind:
         found["device_name"] = engine.device_name
-    found["init_digest"] = provenance.parameters_digest(engine.parameters())
+    if is_run:  # what is compiled alone has no values
+        found["init_digest"] = provenance.parameters_digest(engine.parameters())
     measure.phase("measure")
     for sample in suite.measure(run, engine):
         samples.append(sample)  # one by one: extend() would lose them all at an exception
-    found["data_digest"] = _data_digest(run)
+    if is_run:
+        found["data_digest"] = _data_digest(run)
+
+
+def _open(kind: type[Engine] | type[Compiler], run: Run) -> Engine | Compiler:
+    settings = {"dtype": run.dtype, "kernels": run.kernels}
+    if run.workload.topology is not None:
+        return kind(run.model, topology=run.workload.topology, **settings)
+    engine = kind(run.model, device_kind=run.device_kind, seed=run.seed, **settings)
+    engine.synchronize()
+    return engine
 
 
 def _data_digest(run: Run) -> str:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from implementations.config import choose
 from implementations.engine import CPU
-from suites.harness import provenance
+from suites.harness import provenance, topology
 from suites.harness.run import Run
 
 EXECUTORS = ("local",)
@@ -77,6 +77,7 @@ class _Child:
     slot: int
     pidfd: int | None
     kills_before: int | None
+    dumps: tempfile.TemporaryDirectory | None = None
     peak_rss_bytes: int = 0
     peak_virtual_bytes: int = 0
 
@@ -96,6 +97,9 @@ class Local:
         share = max(len(cores) // self.parallelism, 1)
         mine = [cores[(slot * share + i) % len(cores)] for i in range(share)]
         log = task.with_name(task.name.removeprefix(".task-")).with_suffix(".log")
+        run, dumps = _run_of(task), None
+        if run.workload.topology and run.workload.phase == "kernel":
+            dumps = tempfile.TemporaryDirectory(prefix="aerie-dumps-")
         command = [sys.executable, "-m", "suites.harness.child", str(self.store), str(task)]
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -103,13 +107,13 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(mine, _run_of(task))
+                env=environment(mine, run, dumps and dumps.name)
                 | {TENSORS_VARIABLE: str(log.with_suffix(".npz"))},
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         handle = str(process.pid)
         kills = provenance.num_out_of_memory_kills()
-        self._children[handle] = _Child(process, slot, _pidfd(process.pid), kills)
+        self._children[handle] = _Child(process, slot, _pidfd(process.pid), kills, dumps)
         self._logs[handle] = log
         return handle
 
@@ -150,9 +154,11 @@ class Local:
         child = self._children.pop(handle)
         if child.pidfd is not None:
             os.close(child.pidfd)
+        if child.dumps is not None:
+            child.dumps.cleanup()
 
 
-def environment(cores: list[int], run: Run) -> dict[str, str]:
+def environment(cores: list[int], run: Run, dumps: str | None = None) -> dict[str, str]:
     """The child's environment: threads pinned, full float32 products, caches on local disk."""
     caches = Path(tempfile.gettempdir()) / f"aerie-cache-{os.getuid()}"
     threads = str(len(cores))
@@ -172,7 +178,9 @@ def environment(cores: list[int], run: Run) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    if run.device_kind == CPU:
+    if run.workload.topology is not None:
+        pinned |= topology.environment(dumps)
+    if run.device_kind == CPU or run.workload.topology is not None:
         pinned |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # Read where a kernel is defined: one that the user's own environment holds would interpret all.
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

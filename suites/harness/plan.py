@@ -15,7 +15,7 @@ from typing import Any
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import Kernels, OptimizerConfig, check_dtype
-from suites.harness import provenance
+from suites.harness import provenance, topology
 from suites.harness.run import DataConfig, Run, Suite, Workload
 
 # Ends that are results: such a run is not run again while its build is current.
@@ -82,7 +82,8 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
             f"{data.vocab_size}."
         )
     check_dtype(settings["dtype"])
-    choose("device_kind", settings["device_kind"], provenance.DEVICE_KINDS, "settings")
+    device_kind = settings["device_kind"]
+    choose("device_kind", device_kind, provenance.DEVICE_KINDS, "settings")
     if kind.is_timing and kernels.interpret:
         raise ValueError(
             f"suite={name} times what it runs, and kernels.interpret=true is for correctness only; "
@@ -91,6 +92,8 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
     if suite.rounds < 1 or not suite.seeds:
         raise ValueError(f"suite={name}: rounds and seeds must not be empty.")
     for workload in suite.workloads():
+        if workload.topology is not None:
+            device_kind = topology.check(workload.topology, settings, kernels)
         for round_ in range(suite.rounds):
             for seed in suite.seeds:
                 yield Run(
@@ -102,7 +105,7 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
                     kernels=kernels,
                     data=data,
                     optimizer=suite.optimizer(optimizer, workload),
-                    device_kind=settings["device_kind"],
+                    device_kind=device_kind,
                     seed=seed,
                     round=round_,
                 )
@@ -232,6 +235,7 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         "train_flops_per_token": cost.train_flops_per_token(model, length),
         "cache_bytes": cost.cache_bytes(model, dtype=dtype, **cache),
         "predicted_peak_memory_bytes": memory,
+        **(topology.costs(model, work, dtype) if work.topology else {}),
     }
 
 
@@ -273,7 +277,7 @@ def _change(record: dict[str, Any], run: Run, device: str) -> str:
     """What differs between a finished record's build and ours, in words."""
     then = record["provenance"].get("versions", {})
     now = provenance.versions()
-    for name in provenance.LIBRARIES.get(run.backend, ("numpy",)):
+    for name in provenance.libraries(run.backend, device):
         if then.get(name) != now.get(name):
             return f"{name} {then.get(name)} -> {now.get(name)}"
     if (was := record["provenance"].get("device_name")) != device:
@@ -285,5 +289,7 @@ def workload_text(work: Workload) -> str:
     """A workload in a few words, for tables."""
     if work.phase in ("prefill", "decode"):
         text = f"prompt_len {work.prompt_len}"
-        return f"{text} + {work.num_new_tokens}" if work.num_new_tokens else text
-    return f"{work.batch_size} x {work.seq_len}" if work.seq_len else f"batch {work.batch_size}"
+        text += f" + {work.num_new_tokens}" if work.num_new_tokens else ""
+    else:
+        text = f"{work.batch_size} x {work.seq_len}" if work.seq_len else f"batch {work.batch_size}"
+    return text if work.topology is None else f"{work.phase} {text} on {work.topology}"

@@ -22,7 +22,7 @@ import numpy as np
 from implementations.engine import CPU, ENGINES, TPUS
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("numpy", "jax", "jaxlib", "optax", "torch", "triton", "transformers", "aerie")
+PACKAGES = ("numpy", "jax", "jaxlib", "libtpu", "optax", "torch", "triton", "transformers", "aerie")
 LIBRARIES = {
     "jax": ("numpy", "jax", "jaxlib", "optax"),
     "torch": ("numpy", "torch", "triton"),
@@ -37,6 +37,12 @@ def versions() -> dict[str, str | None]:
     return {name: _version(name) for name in PACKAGES}
 
 
+def libraries(backend: str, device_name: str) -> tuple[str, ...]:
+    """The packages that make a backend's results on a device."""
+    compiler = ("libtpu",) if device_name in TPUS else ()
+    return (*LIBRARIES.get(backend, ("numpy",)), *compiler)
+
+
 @cache
 def build_key(suite: str, backend: str, device_name: str) -> str:
     """What a run executes, as two digests with a dot between: the engine (code of the backend, its
@@ -44,9 +50,10 @@ def build_key(suite: str, backend: str, device_name: str) -> str:
     of the same first half; a run is current while both halves are.
     """
     engine = engine_modules(backend)
-    libraries = [f"{name} {versions().get(name)}" for name in LIBRARIES.get(backend, ("numpy",))]
+    names = libraries(backend, device_name)
+    libraries_now = [f"{name} {versions().get(name)}" for name in names]
     question = closure({f"suites.{suite}", "suites.harness.child"}) - engine
-    halves = ([*_digests(engine), *libraries, device_name], _digests(question))
+    halves = ([*_digests(engine), *libraries_now, device_name], _digests(question))
     return ".".join(
         hashlib.blake2b("\n".join(half).encode(), digest_size=6).hexdigest() for half in halves
     )
@@ -93,6 +100,8 @@ def device_name(device_kind: str) -> str:
     """The device found for a requested kind: the CPU's model, or the first GPU's name."""
     if device_kind == CPU:
         return cpu_model()
+    if device_kind in TPUS:
+        return device_kind
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import Kernels, OptimizerConfig
 
-PHASES = ("train", "prefill", "decode", "evaluate")
+PHASES = ("train", "prefill", "decode", "evaluate", "kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Workload:
     max_batch_size: int = 0  # where a search for the largest batch ends
     activation_checkpointing: bool = False
     levels: tuple[str, ...] = ()  # of the parity ladder; empty: those of the gate
+    topology: str | None = None  # of TPUs that are not here: compiled for, and not run
 
     def __post_init__(self) -> None:
         choose("phase", self.phase, PHASES, "workload")
@@ -82,6 +83,8 @@ class Run:
         values = json.loads(json.dumps(asdict(self)))
         if not self.workload.levels:  # a question of parity alone: others keep their ids
             del values["workload"]["levels"]
+        if self.workload.topology is None:
+            del values["workload"]["topology"]
         if self.kernels.layers == "auto":  # runs from before this setting keep their ids
             del values["kernels"]["layers"]
         return values

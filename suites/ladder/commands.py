@@ -6,9 +6,8 @@ from typing import Any
 
 from implementations.config import choose
 from suites import compose, display, reports
-from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line, run_pending
+from suites.commands import AS_PLANNED, NOT_AS_PLANNED, counted, one_line, run_pending
 from suites.harness import plan, provenance
-from suites.harness.plan import Planned
 from suites.harness.run import Run
 from suites.ladder import calibrate as calibration
 from suites.ladder import plan as ladder
@@ -40,7 +39,7 @@ def parity(
     request = compose.Request("parity", cluster, [], command="parity")
     result, planned = run_pending(request, planned, store, overrides, True, False)
 
-    shown = [(item.run, record) for item in planned if (record := _counted(store, item))]
+    shown = [(item.run, record) for item in planned if (record := counted(store, item))]
     with one_line():
         found = _judged(store, shown, against)
     if missing := len(planned) - len(shown):
@@ -148,12 +147,6 @@ def _check_parity(overrides: list[str], levels: tuple[str, ...], against: str) -
 def _of(overrides: list[str], key: str) -> list[str]:
     """The overrides of a group, or of its keys."""
     return [text for text in overrides if text.split("=")[0].startswith(key)]
-
-
-def _counted(store: Path, item: Planned) -> dict[str, Any] | None:
-    """The newest attempt of the present build, else the newest."""
-    records = plan.attempts(store, item.run.run_id)
-    return next((r for r in reversed(records) if r["build"] == item.build), (records or [None])[-1])
 
 
 def _write_training_figure(store: Path, shown: list[tuple[Run, dict[str, Any]]]) -> None:
