@@ -35,10 +35,12 @@ def command_of(name: str, overrides: list[str], store: Path) -> str:
 
 def frame_of(store: Path) -> Any:
     """The tidy frame with is_current filled in (our build is the one that ran), and is_counted as
-    the planner counts: the last finished attempt of our build, else of any, else the last."""
+    the planner counts: the last finished attempt of our build, else of any, else the last. Without
+    what was compiled and never ran, which aerie compile shows: nothing of it is a speed."""
     import analysis
 
     frame = analysis.load(store)
+    frame = frame[frame["suite"] != "compile"].reset_index(drop=True)
     ours = [  # build_key and device_name remember what they were asked
         provenance.build_key(suite, backend, provenance.device_name(kind))
         for suite, backend, kind in zip(

@@ -127,7 +127,10 @@ def _look(
     if (ended := executor.poll(handle)) is not None:
         record = _read(store, job.task)
         if record is None:
-            record = _killed(store, job, *verdict(ended, executor.logs(handle)))
+            outcome, reason = verdict(ended, executor.logs(handle))
+            if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
+                outcome = "failed"  # of this machine's memory, not of the device's
+            record = _killed(store, job, outcome, reason)
             write(store, record)
         return record
     if seconds > cluster.run_limit_s:
