@@ -221,10 +221,11 @@ def test_a_row_adds_up_kernels_and_leaves_null_what_is_not_known(with_libtpu):
 
 def test_a_dump_tells_bundles_and_spills(tmp_path):
     assert topology.read_dump(DUMP) == topology.KernelCode(num_bundles=3, num_spills=2)
-    for name in ("scan.1", "scan.12", "fusion"):
-        (tmp_path / f"179-{name}-00-{topology.DUMP}.txt").write_text(DUMP)
+    for name, text in {"scan.1": DUMP, "scan.12": DUMP + DUMP[-20:], "fusion": DUMP}.items():
+        (tmp_path / f"179-{name}-00-{topology.DUMP}.txt").write_text(text)
     (tmp_path / "179-TLP-hlo.txt").write_text("no such thing")
-    assert set(topology.read_dumps(tmp_path, ["scan.1", "other"])) == {"scan.1"}
+    found = topology.read_dumps(tmp_path, ["scan.1", "other"])
+    assert found == {"scan.1": topology.read_dump(DUMP)}
     assert not topology.read_dumps(tmp_path / "none", ["scan.1"])
 
 
