@@ -120,7 +120,7 @@ def test_what_is_no_topology_is_refused(name):
 
 
 def test_a_phase_is_a_run_of_the_kind_of_the_topology(with_libtpu):
-    runs = runs_of("topology=v6e:2x2".replace("topology", "suite.topology"))
+    runs = runs_of("suite.topology=v6e:2x2")
     assert [run.workload.phase for run in runs] == ["train", "prefill", "decode", "kernel"]
     assert {run.device_kind for run in runs} == {"v6e"}
     assert {run.dtype for run in runs} == {"bfloat16"}
