@@ -19,8 +19,8 @@ def files(backend: str) -> set[str]:
     return {path.relative_to(room).as_posix() for path in room.rglob("*.py")}
 
 
-# Without a twin: JAX compiles for TPUs, those that are not here too, and for GPUs, each from kernels
-# of its own.
+# Without a twin: JAX compiles for TPUs, also those that are not here, and for GPUs, each from
+# kernels of its own.
 JAX_ALONE = ("ahead_of_time.py", "kernels/*_tpu.py", "kernels/*_gpu.py", "kernels/gate.py")
 
 
