@@ -167,11 +167,12 @@ def refusal(said: str) -> Exception:
 
 
 def peak_memory_bytes(found: Any) -> int:
-    """The compiler's own peak, where this version of JAX gives it; else the sum of all parts."""
-    if peak := getattr(found, "peak_memory_in_bytes", 0):
-        return peak
+    """The larger of what the compiler allocates in all, gaps between buffers included, and of its
+    own peak, where this version of JAX gives it. Neither bounds the other: of a training step of
+    one layer and 32 x 2048 tokens it allocated 8.2 GiB and called 7.1 the peak; of a decoding loop
+    0.68 and 0.74."""
     made = found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + made
+    return max(found.argument_size_in_bytes + made, getattr(found, "peak_memory_in_bytes", 0))
 
 
 def words(error: Exception) -> str:
