@@ -131,5 +131,5 @@ def loss(
         kernels=kernels,
         activation_checkpointing=activation_checkpointing,
     )
-    weight_VD, soft_cap = params["embedding"]["weight"], config.logit_soft_cap
+    weight_VD, soft_cap = embedding["weight"], config.logit_soft_cap
     return mean_cross_entropy(x_BTD, weight_VD, batch.targets_BT, soft_cap, kernels.layers)
