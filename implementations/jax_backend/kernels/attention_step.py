@@ -32,7 +32,11 @@ def attention_step(
 
 
 def write(x_BSKH: Array, new_BTKH: Array, position_BT: Array) -> Array:
-    """The slots with those of the new keys, or values, that still fit."""
+    """The slots with those of the new keys, or values, that still fit.
+
+    Scattered, which decodes in place. Of a dynamic_update_slice XLA for CPUs makes one in each of
+    its readers, and 4 copies of the cache a token. On a v5e both are the same: caches that fit its
+    VMEM (128 MiB) are moved there and back each token, larger ones stay."""
     num_slots = x_BSKH.shape[1]
     slot_BT = position_BT[:, -num_slots:] % num_slots
     row_B1 = jnp.arange(x_BSKH.shape[0], dtype=jnp.int32)[:, None]
