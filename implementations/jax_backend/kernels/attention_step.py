@@ -3,6 +3,9 @@
 Twin: implementations/torch_backend/kernels/attention_step.py.  Truth: implementations/reference.py.
 
 The cache of a sequence holds position p in slot p % num_slots: a ring of the visible keys, or all.
+
+Compiled for a v5e, plain reads every key and value once and keeps the scores of 64 sequences and
+8192 slots in VMEM: 1.0 times what must move (benchmarks/compiled_bytes.py).
 """
 
 import jax.numpy as jnp

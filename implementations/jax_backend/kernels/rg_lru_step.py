@@ -2,6 +2,9 @@
 
 Twin: implementations/torch_backend/kernels/rg_lru_step.py.
 Truth: implementations/mixers/rg_lru.py.
+
+Compiled for a v5e it moves what must move: x, its gates and h are read once, h is written once
+(benchmarks/compiled_bytes.py). Its twin is given the convolution and the gates' products too.
 """
 
 from jax import Array
