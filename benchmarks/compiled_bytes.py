@@ -6,7 +6,9 @@ No TPU is needed: libtpu compiles for a real one. Counted are the arrays in HBM 
 of the optimized program reads and writes; of an operand of which a fusion uses slices alone, only
 these; what stays in VMEM is free. Beside it stand the bytes that must move, each input and output
 once, as in benchmarks/cases.py. Forward and backward are one program with a barrier between them,
-as in training, and XLA chooses what it keeps. No time is measured or claimed.
+as in training, and XLA chooses what it keeps. A v5e and a v6e have 128 MiB of VMEM, where XLA keeps
+an array of 64 MiB between two operations; one that is larger moves more, as on a v5p (64 MiB). No
+time is measured or claimed.
 """
 
 import argparse
