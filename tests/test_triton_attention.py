@@ -1,46 +1,14 @@
 """Attention, RoPE and the decode step in Triton, interpreted, against the float64 reference."""
 
 import pytest
+from attention_cases import ATTENTIONS, CHUNKS, TOLERANCE, check
 
 CASES = "triton_attention_cases"
 
-# Of the largest true value; measured 8e-7 and 5e-3. A bfloat16 result is rounded to 2e-3 of itself.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 # RoPE is compared with `plain`: the same float32 angles.
 ROPE_TOLERANCE = {"float32": 3e-7, "bfloat16": 4e-3}
 # To `plain` in float64: a float32 angle is 6e-8 of the position off, of which the furthest is 466.
 STEP_TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
-
-
-def check(errors: dict[str, float], tolerance: float) -> None:
-    assert not {name: error for name, error in errors.items() if not error < tolerance}, errors
-
-
-# Pairwise over lengths, windows, documents, heads, head_dim and dtype, not the full product.
-ATTENTIONS = [
-    {"T": 1, "window": None},
-    {"T": 1, "window": 1, "num_heads": 6, "num_kv_heads": 2},
-    {"T": 7, "window": 1, "dtype": "bfloat16"},
-    {"T": 7, "window": 32, "documents": "some", "head_dim": 12, "index": "int32"},
-    {"T": 7, "window": None, "documents": "each", "num_kv_heads": 2},
-    {"T": 100, "window": 1, "head_dim": 12},
-    {"T": 100, "window": 32, "documents": "some", "num_kv_heads": 2, "batch_size": 2},
-    {"T": 100, "window": 32, "documents": "each", "dtype": "bfloat16", "is_contiguous": False},
-    {"T": 100, "window": None, "documents": "some", "dtype": "bfloat16", "num_kv_heads": 4},
-    {"T": 257, "window": 1, "documents": "each", "num_kv_heads": 2, "dtype": "bfloat16"},
-    {"T": 257, "window": 32, "documents": "one", "index": "int32", "is_contiguous": False},
-    {"T": 257, "window": 300, "documents": "some", "head_dim": 12, "num_heads": 3},
-    {"T": 257, "window": None, "documents": "one", "dtype": "bfloat16", "head_dim": 12},
-    {"T": 257, "window": None, "documents": "some", "batch_size": 2, "is_contiguous": False},
-    {"T": 33, "window": None, "head_dim": 130, "num_heads": 2},
-    {"T": 33, "window": 20, "head_dim": 256, "num_heads": 2, "dtype": "bfloat16"},
-]
-CHUNKS = [
-    {"T": 1, "past": 40, "window": None},
-    {"T": 7, "past": 32, "window": 32, "num_kv_heads": 2},
-    {"T": 100, "past": 57, "window": 57, "dtype": "bfloat16"},
-    {"T": 50, "past": 201, "window": None, "head_dim": 12, "index": "int32"},
-]
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)

@@ -1,14 +1,15 @@
 """What tests/test_triton_attention.py runs in the interpreter's worker: errors of attention, of
 rope and of a step of decoding, by name of the result, relative to its largest true value."""
 
+import attention_cases
 import numpy as np
 import torch
+from attention_cases import case_of, normal, positions
 from conftest import tiny
 from interpreted import poisoned
 from sanitizer import sanitize
 from torch import Tensor
 
-from implementations import reference
 from implementations.torch_backend.kernels.attention import (
     attention,
     num_parts,
@@ -19,49 +20,25 @@ from implementations.torch_backend.kernels.attention_step import attention_step,
 from implementations.torch_backend.kernels.rope import rope
 from implementations.torch_backend.mixers import mqa
 
-DOCUMENTS = {  # starts of documents, in a row of T tokens
-    "one": lambda T: [0],
-    "some": lambda T: [0, T // 3, T // 2 + 1],
-    "each": lambda T: range(T),
-}
-
 
 def attention_errors(
-    *,
-    T: int,
-    window: int | None,
-    documents: str = "one",
-    num_heads: int = 4,
-    num_kv_heads: int = 1,
-    head_dim: int = 16,
-    batch_size: int = 1,
-    past: int = 0,
-    dtype: str = "float32",
-    index: str = "int64",
-    is_contiguous: bool = True,
+    *, index: str = "int64", is_contiguous: bool = True, **arguments
 ) -> dict[str, float]:
-    """T queries after `past` keys that have none, forward and backward."""
-    B, S, N, K, H = batch_size, past + T, num_heads, num_kv_heads, head_dim
-    q, k, v, dy = (normal(i, shape, dtype) for i, shape in enumerate(
-        [(B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H)]))  # fmt: skip
-    position_BS = np.stack([positions(S, documents if row == 0 else "one") for row in range(B)])
-    dy[:, :past] = 0
-    want = {"y": reference.attention(q, k, v, position_BS, window)[:, past:]}
-    dq, dk, dv = reference.attention_grad(q, k, v, position_BS, window, dy)
-    want |= {"dq": dq[:, past:], "dk": dk, "dv": dv}
-
-    inputs = [put(x, dtype, is_contiguous) for x in (q[:, past:], k, v)]
-    dy = put(dy[:, past:], dtype, is_contiguous)
-    position_BT = torch.tensor(position_BS[:, past:], dtype=getattr(torch, index))
+    """Forward and backward, of a case of attention_cases.py."""
+    case, window = case_of(**arguments), arguments["window"]
+    dtype = arguments.get("dtype", "float32")
+    *inputs, dy = (put(x, dtype, is_contiguous) for x in case[:4])
+    last_BT, position_BT = (
+        torch.tensor(x, dtype=getattr(torch, index)) for x in (case.last_BT, case.position_BT)
+    )
     with poisoned():
         if window is None:
-            last_BT = torch.arange(past, S, dtype=position_BT.dtype).expand(B, T)
             y = attention(*inputs, last_BT, position_BT, "triton")
         else:
             y = window_attention(*inputs, position_BT, window, "triton")
         grads = torch.autograd.grad(y, inputs, dy)
     assert y.dtype == inputs[2].dtype
-    return errors(want, dict(zip(want, [y, *grads], strict=True)))
+    return errors(case.want, dict(zip(case.want, [y, *grads], strict=True)))
 
 
 def attention_is_deterministic() -> bool:
@@ -218,12 +195,6 @@ def mixer_errors(*, window: int | None, num_kv_heads: int) -> dict[str, float]:
     return errors(want, {"y": torch.cat(parts, 1)})
 
 
-def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
-    """Values that the dtype holds exactly."""
-    x = torch.tensor(np.random.default_rng(seed).standard_normal(shape))
-    return x.to(getattr(torch, dtype)).double().numpy()
-
-
 def put(x: np.ndarray, dtype: str, is_contiguous: bool = True) -> Tensor:
     tensor = torch.tensor(x, dtype=getattr(torch, dtype))
     if not is_contiguous:  # as a slice of a product of several heads' weights would be
@@ -231,18 +202,6 @@ def put(x: np.ndarray, dtype: str, is_contiguous: bool = True) -> Tensor:
     return tensor.requires_grad_()
 
 
-def positions(T: int, documents: str) -> np.ndarray:
-    position = np.arange(T)
-    for start in DOCUMENTS[documents](T):
-        position[start:] = np.arange(T - start)
-    return position
-
-
 def errors(want: dict[str, np.ndarray], got: dict[str, Tensor]) -> dict[str, float]:
-    """A true value of 0 (the gradient of a lone key's score) counts as one of size 1."""
-    out = {}
-    for name, true in want.items():
-        size = np.abs(true).max()
-        difference = np.abs(got[name].detach().double().numpy() - true).max()
-        out[name] = float(difference / (size if size > 1e-9 else 1.0))
-    return out
+    arrays = {name: tensor.detach().double().numpy() for name, tensor in got.items()}
+    return attention_cases.errors(want, arrays)

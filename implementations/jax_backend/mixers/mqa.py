@@ -67,12 +67,8 @@ def attend_alone(
     T, W = q_BTNH.shape[1], config.num_visible_keys
     index_T = jnp.arange(T, dtype=jnp.int32)
     reach_BT = jnp.minimum(position_BT, index_T)
-    if W is not None:
-        reach_BT = jnp.minimum(reach_BT, W - 1)
     if W is not None and W < T:
-        past = ((0, 0), (W, 0), (0, 0), (0, 0))
-        k_BSKH, v_BSKH = jnp.pad(k_BTKH, past), jnp.pad(v_BTKH, past)
-        return window_attention(q_BTNH, k_BSKH, v_BSKH, reach_BT, W, variant), None
+        return window_attention(q_BTNH, k_BTKH, v_BTKH, reach_BT, W, variant), None
     last_BT = jnp.broadcast_to(index_T, reach_BT.shape)
     return attention(q_BTNH, k_BTKH, v_BTKH, last_BT, reach_BT, variant), None
 
@@ -100,7 +96,6 @@ def attend_with_state(
         ]  # from the oldest to the newest
         k_BSKH = jnp.concatenate([past_BSKH[0], k_BTKH], axis=1)
         v_BSKH = jnp.concatenate([past_BSKH[1], v_BTKH], axis=1)
-        reach_BT = jnp.minimum(position_BT, W - 1)
-        return window_attention(q_BTNH, k_BSKH, v_BSKH, reach_BT, W, variant), new
+        return window_attention(q_BTNH, k_BSKH, v_BSKH, position_BT, W, variant), new
     # Slot s holds position s: all that were are kept.
     return attention(q_BTNH, new.k_BSKH, new.v_BSKH, position_BT, position_BT, variant), new
