@@ -20,14 +20,24 @@ HEADLINES = {
     "prefill_latency": ("ttft_ms", "mfu", "peak_memory_bytes", "compile_time_s"),
     "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
     "decode_throughput": ("tokens_per_s", "max_batch_size"),
+    "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
 }  # fmt: skip
-SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "mfu", "mbu",
-          "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
-TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s")  # with a verdict
+SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
+          "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
+TIMES = (
+    "step_time_ms",
+    "tokens_per_s",
+    "ttft_ms",
+    "tpot_ms",
+    "decode_time_s",
+    "op_time_ms",
+)  # with a verdict
 QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
 CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
-BASELINE = {"backend": "torch", "family": "mqa"}
+BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential"}
+MATCHES = {"backend": "across_backends", "family": "across_families",
+           "linear_scan": "across_scans"}  # fmt: skip
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
               "layers", "program", "device_kind", "engine_build"]  # fmt: skip
@@ -108,9 +118,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (cell, metric, at): the median over its processes, with its interval."""
     rows = processes(frame)
     settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
-                "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "data",
-                "unit", "field", "across_backends", "across_families", "num_params",
-                "num_params_non_embedding"]  # fmt: skip
+                "linear_scan", "op", "work_phase", "seq_len", "batch_size", "prompt_len",
+                "num_new_tokens", "num_steps", "data", "unit", "field", "across_backends",
+                "across_families", "num_params", "num_params_non_embedding"]  # fmt: skip
     key = ["cell_id", "metric", "at"]
     least = rows.groupby(key, dropna=False, sort=False)["value"].transform("min")
     rows = rows.assign(scaled=np.log(rows["value"].where(least > 0)).fillna(rows["value"]))
@@ -247,7 +257,8 @@ def comparisons(
 ) -> pd.DataFrame:
     """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
 
-    `by` is "backend" or "family": the one setting in which the two cells differ. A cell that has
+    `by` is "backend", "family" or "linear_scan" (what it resolved to): the one setting in which
+    the two cells differ. A cell that has
     no completed run, or no partner, keeps its row: its value is null and its outcome says why.
     """
     return _comparisons(frame, by, ours, baseline or BASELINE[by])
@@ -280,8 +291,9 @@ def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.D
     return found.astype({name: "float64" for name in _PAIR_NUMBERS})
 
 
-_SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "seq_len", "batch_size",
-             "prompt_len", "num_new_tokens", "num_steps", "data", "variant")  # fmt: skip
+_SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
+             "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "data",
+             "variant")  # fmt: skip
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
          "num_outliers")  # fmt: skip
@@ -384,7 +396,7 @@ def _pairs(
 
     Kernel names differ between backends: where both asked for the same, only those are paired.
     """
-    match = "across_backends" if by == "backend" else "across_families"
+    match = MATCHES[by]
     groups: dict[str, list[dict]] = {}
     for cell in outcomes(frame).to_dict("records"):
         if cell["suite"] != "parity":
@@ -460,7 +472,7 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     batch = ends["batch_size"].where(ends["suite"] != "training_speed")
     ends = ends.assign(length=lengths[0].fillna(lengths[1]), other_batch=batch)
     key = ["suite", "family", "size", "backend", "dtype", "device_kind"]
-    same = [*key, "variant", "num_new_tokens", "other_batch"]
+    same = [*key, "op", "work_phase", "variant", "num_new_tokens", "other_batch"]
     for _, group in ends[ends["length"].notna()].groupby(same, sort=False, dropna=False):
         is_out = group["outcome"].isin(["out_of_memory", "out_of_memory_predicted"])
         if is_out.any():

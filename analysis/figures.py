@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from analysis import derive, style, tables
-from suites.harness.record import METRICS
+from suites.harness.record import METRICS, PASSES
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
 LINE = ["family", "backend", "variant"]
@@ -61,6 +61,43 @@ def decode_throughput(frame: pd.DataFrame) -> Figure | None:
     """Decoded tokens per second, by batch size."""
     rows = _summary(frame, "decode_throughput", "tokens_per_s", at=True)
     return _lines(rows, "at", "Batch size (sequences)", METRICS["tokens_per_s"].label)
+
+
+def kernel_speed(frame: pd.DataFrame) -> Figure | None:
+    """Time of the recurrence alone, by seq_len; variants are colours here. rg_lru starts at its
+    gates' pre-activations."""
+    rows = _summary(frame, "kernel_speed", "op_time_ms")
+    rows = rows[rows["linear_scan"].notna()]
+    if rows.empty:
+        return None
+    # of several sizes, dtypes or devices those of most cells; the others are in the tables
+    places = [*PANEL, "family", "batch_size"]
+    most = rows.groupby(places, sort=False).size().idxmax()
+    left_out = len(rows)
+    rows = rows[(rows[places] == list(most)).all(axis=1)]
+    left_out -= len(rows)
+    panels = list(rows.groupby(["op", "work_phase"], sort=True))
+    figure = Figure(figsize=(max(7.2, 3.4 * len(panels)), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, ((op, phase), part) in zip(grid, panels, strict=True):
+        for (variant, backend), line in sorted(part.groupby(["linear_scan", "backend"])):
+            is_verified = bool((line["parity"] == derive.GREEN).all())
+            look = style.line("", backend, is_verified=is_verified, variant=variant)
+            line = line.sort_values("seq_len")
+            label = f"{variant}, {style.backend_label(backend)}"
+            label += "" if is_verified else f" {derive.UNVERIFIED}"
+            _draw(axes, line, line["seq_len"].to_numpy(dtype=float), look, label, is_curve=False)
+        axes.set_title(f"{op}, {PASSES[phase]}")
+        axes.set_xlabel("Sequence length (tokens)")
+        axes.set_yscale("log")
+        _log_lengths(axes, part["seq_len"].to_numpy(dtype=float))
+    grid[0].set_ylabel(METRICS["op_time_ms"].label)
+    _legend(figure, grid[0])
+    notes = [f"size {most[0]}, {most[1]}, {most[2]}, batch {most[-1]}."]
+    if left_out:
+        notes.append(f"{left_out} further times are in the tables alone.")
+    _note(figure, notes, rows)
+    return figure
 
 
 def learning_curves(frame: pd.DataFrame) -> Figure | None:
@@ -187,8 +224,8 @@ def peak_memory(frame: pd.DataFrame) -> Figure | None:
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
     function.__name__: function
     for function in (relative_step_time, training_throughput, prefill_latency, decode_latency,
-                     decode_throughput, learning_curves, loss_by_position, peak_memory,
-                     parity_error, training_parity)
+                     decode_throughput, kernel_speed, learning_curves, loss_by_position,
+                     peak_memory, parity_error, training_parity)
 }  # fmt: skip
 
 
@@ -279,17 +316,21 @@ def _lines(
         _keep_in_sight(grid[0], rows, from_zero)
     grid[0].set_ylabel(y_label)
     _legend(figure, grid[0])
-    notes = []
-    if (rows["parity"] != derive.GREEN).any():
-        notes.append(
+    _note(figure, [f"{left_out} further panels are in the tables alone."] * (left_out > 0), rows)
+    return figure
+
+
+def _note(figure: Figure, notes: list[str], rows: pd.DataFrame) -> None:
+    """A line under the plots, which begins with what is not verified of its rows."""
+    is_bare = bool((rows["parity"] != derive.GREEN).any())
+    if is_bare:
+        hollow = (
             f"Hollow markers are {derive.UNVERIFIED}: no green parity record of the same "
             "kernels, head_dim, dtype, device and build."
         )
-    if left_out > 0:
-        notes.append(f"{left_out} further panels are in the tables alone.")
+        notes = [hollow, *notes]
     if notes:
         figure.supxlabel(" ".join(notes), x=0.01, ha="left", fontsize=8, color=style.ALARM)
-    return figure
 
 
 def _draw(

@@ -37,11 +37,12 @@ RECORD_COLUMNS = {
     # what was asked
     "suite": "str", "family": "str", "size": "str", "backend": "str", "dtype": "str",
     "device_kind": "str", "seed": "int", "round": "int", "data": "str", "window_size": "int",
-    "work_phase": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
+    "work_phase": "str", "op": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
     "num_new_tokens": "int", "num_steps": "int", "levels": "str", "model": "str",
     "kernels": "str", "optimizer": "str",
     # digests of settings: equal between the runs that may be compared
-    "across_backends": "str", "across_families": "str", "architecture": "str",
+    "across_backends": "str", "across_families": "str", "across_scans": "str",
+    "architecture": "str",
     # on what
     "linear_scan": "str", "attention": "str", "layers": "str", "program": "str",
     "device_name": "str", "node": "str",
@@ -115,7 +116,7 @@ def _row(record: Record) -> dict[str, Any]:
     resolved = seen.get("resolved_kernels") or {}
     used = {
         name: work.get(name) or None
-        for name in ("seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps")
+        for name in ("op", "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps")
     }
     given = {
         name: getattr(record, name)
@@ -161,7 +162,8 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _digests(run: dict[str, Any]) -> dict[str, str]:
-    """What two runs must share to be compared across backends, across families, and for parity."""
+    """What two runs must share to be compared across backends, families and variants of the scan,
+    and for parity."""
     model = run["model"]
     rest = {k: v for k, v in run.items() if k not in ("seed", "round")}
     same_model = {k: v for k, v in model.items() if k not in FAMILY_FIELDS}
@@ -170,8 +172,10 @@ def _digests(run: dict[str, Any]) -> dict[str, str]:
     heads = model.get("num_kv_heads", 1)
     shape["num_kv_heads"] = "all" if heads == model["num_heads"] else heads
     without = {k: v for k, v in rest.items() if k not in ("backend", "kernels")}
+    other = {k: v for k, v in run["kernels"].items() if k != "linear_scan"}
     return {
         "across_backends": _digest(without),
+        "across_scans": _digest(rest | {"kernels": other}),
         "across_families": _digest(rest | {"model": same_model}),
         "architecture": _digest(shape),
     }

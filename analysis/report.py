@@ -58,6 +58,7 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
         "frontier": tables.frontier(frame),
         "machines": tables.machines(frame),
         "peaks": tables.peaks(frame),
+        "bounds": tables.bounds(frame),
     }
     for table in [*beside, *rest.values()]:
         table.write_csv(out / "tables")
@@ -84,13 +85,22 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
 
 
 def comparison_tables(frame: pd.DataFrame, *, is_brief: bool = False) -> list[Table]:
-    """JAX beside PyTorch, and each other family beside MQA."""
+    """JAX beside PyTorch, each other family beside MQA, and of scans that are timed alone each
+    other variant beside the sequential one."""
     pairs = [("backend", "jax")]
     measured = set(frame.loc[frame["suite"] != "parity", "family"].dropna())
     if "mqa" in measured:
         families = sorted(measured - {"mqa"}, key=derive.family_order)
         pairs += [("family", family) for family in families]
-    return [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
+    made = [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
+    scans = frame[frame["suite"].isin(["kernel_speed", "parity"])]
+    variants = scans.loc[scans["suite"] == "kernel_speed", "linear_scan"].dropna().unique()
+    if derive.BASELINE["linear_scan"] in variants:
+        others = sorted(set(variants) - {derive.BASELINE["linear_scan"]})
+        made += [
+            tables.side_by_side(scans, "linear_scan", name, is_brief=is_brief) for name in others
+        ]
+    return made
 
 
 def answer(frame: pd.DataFrame, beside: list[Table] | None = None) -> list[str]:
@@ -202,7 +212,7 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
             f"{first['size']}, {first['value']:.3f}{against} "
             f"({style.backend_label(first['backend'])}, {seeds})"
         )
-    for table in beside[1:]:
+    for table in (table for table in beside if table.name.startswith("family_")):
         found = table.frame
         family = table.name.removeprefix("family_").removesuffix("_mqa")
         if leader not in (None, "mqa", family):
@@ -223,7 +233,11 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
 def _frameworks(found: pd.DataFrame) -> str:
     """How far the same model differs between JAX and PyTorch."""
     parts = []
-    for metric, what in (("step_time_ms", "training"), ("tpot_ms", "decoding")):
+    for metric, what in (
+        ("step_time_ms", "training"),
+        ("tpot_ms", "decoding"),
+        ("op_time_ms", "the recurrence alone"),
+    ):
         part = found[(found["metric"] == metric) & found["speedup"].notna()]
         if len(part):
             mark = "" if _verified(part) else f" [{derive.UNVERIFIED}]"

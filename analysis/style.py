@@ -20,6 +20,15 @@ FAMILY_COLORS = {
     "griffin": "#009e73",
 }
 OTHER_COLORS = ("#cc79a7", "#d55e00", "#999933", "#8c8c8c")
+VARIANT_COLORS = {  # of a scan that is timed alone, where there is no family
+    "sequential": "#8c8c8c",
+    "associative": "#cc79a7",
+    "analytic": "#0072b2",
+    "triton": "#e69f00",
+    "triton_split": "#d55e00",
+    "pallas_tpu": "#009e73",
+    "pallas_gpu": "#56b4e9",
+}
 FAMILY_LABELS = {
     "mqa": "MQA-Transformer",
     "mqa_local": "MQA-Transformer, local",
@@ -86,9 +95,12 @@ def backend_label(backend: str) -> str:
     return BACKEND_LABELS.get(backend, backend)
 
 
-def line(family: str, backend: str, *, is_verified: bool = True) -> dict[str, Any]:
-    """Keywords of one line; a hollow marker is a number without parity."""
-    color = family_color(family)
+def line(
+    family: str, backend: str, *, is_verified: bool = True, variant: str | None = None
+) -> dict[str, Any]:
+    """Keywords of one line, in its variant's colour where there is one; a hollow marker is a number
+    without parity."""
+    color = family_color(family) if variant is None else VARIANT_COLORS.get(variant, INK)
     return {
         "color": color,
         "marker": BACKEND_MARKERS.get(backend, "D"),

@@ -93,18 +93,29 @@ def prefill_bytes(config: ModelConfig, *, batch_size: int, prompt_len: int, dtyp
     return param_bytes(config, dtype) + written
 
 
-def recurrence_bytes(config: ModelConfig, *, batch_size: int, seq_len: int, dtype: str) -> int:
-    """Bytes that the RG-LRU of one layer must move, from its gates on: forward x and both gates are
-    read and the states written; backward the same and the states' gradient are read, and three
-    gradients written."""
-    return (4 + 8) * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
-
-
 def recurrence_memory_bytes(
     config: ModelConfig, *, batch_size: int, seq_len: int, dtype: str
 ) -> int:
     """Predicted peak of its forward and backward alone: inputs, states, and a gradient of each."""
     return 8 * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
+
+
+# [B, T, R] arrays that a scan must read or write once, forward and backward: of linear_scan a, x
+# and h, then a, h, dh, da and dx; of rg_lru x, two gates and h, then those, dh and three gradients.
+SCAN_ARRAYS = {"linear_scan": (3, 5), "rg_lru": (4, 8)}
+
+
+def scan_bytes(
+    config: ModelConfig, op: str, *, batch_size: int, seq_len: int, dtype: str, has_backward: bool
+) -> int:
+    """Bytes that one layer's scan alone must move: every array once, in `dtype`, and the first and
+    the last state in float32 (backward their gradients). Positions and a_param are left out, which
+    are 1/R and 1/BT of an array, and so is what a variant stores for itself."""
+    forward, backward = SCAN_ARRAYS[op]
+    num_arrays = forward + (backward if has_backward else 0)
+    num_states = 2 * (2 if has_backward else 1)
+    states = num_states * max(ITEMSIZE[dtype], 4)
+    return batch_size * config.d_rnn * (num_arrays * seq_len * ITEMSIZE[dtype] + states)
 
 
 def train_memory_bytes(

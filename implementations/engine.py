@@ -1,6 +1,7 @@
 """What a backend must offer: the Engine protocol, its settings, and the way to load one."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ LANGUAGES = ("triton", "pallas")  # of the kernels that are ours: their variants
 KERNEL_SETTINGS = ("linear_scan", "attention", "layers")  # of Kernels: each names a variant
 CPU = "cpu"
 TPUS = ("v4", "v5e", "v5p", "v6e")
+# Ops that can be timed alone: rg_lru from its gates' pre-activations on, without the products that
+# make them. What the model keeps in float32 stays so.
+TIMED_OPS = ("linear_scan", "rg_lru")
+WIDE_INPUTS = ("h0_BR", "a_param_R")
 IGNORED = -1  # a target that is not scored
 
 
@@ -193,6 +198,15 @@ class Engine(Protocol):
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """One op of implementations/ops.py alone: outputs, and for the gradients doutputs of them
         those of the parameters and of the inputs, each by name."""
+
+    def prepare_op(
+        self,
+        name: str,
+        inputs: dict[str, np.ndarray],
+        doutputs: tuple[np.ndarray, ...] | None = None,
+    ) -> Callable[[], Any]:
+        """One op of TIMED_OPS with its inputs on the device, to be timed: each call computes its
+        outputs, and for the gradients doutputs of them those of the inputs, on the device too."""
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         """Negative log likelihood of each target, [B, T], nats, float32; 0 where IGNORED."""

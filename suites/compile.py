@@ -100,8 +100,13 @@ def kernel_samples(run: Run, engine: Compiler, made: Compiled) -> Iterator[Sampl
     """The bound by bytes, and of the hand-written kernels, where there are any, their code."""
     if (device := find_device(engine.device_name)) is not None:
         work = run.workload
-        num_bytes = cost.recurrence_bytes(
-            run.model, batch_size=work.batch_size, seq_len=work.seq_len, dtype=run.dtype
+        num_bytes = cost.scan_bytes(
+            run.model,
+            "rg_lru",
+            batch_size=work.batch_size,
+            seq_len=work.seq_len,
+            dtype=run.dtype,
+            has_backward=True,
         )
         yield sample("bound_ms", num_bytes / device.bytes_per_s * 1e3, field=device.name)
     code = topology.read_dumps(Path(os.environ[topology.DUMPS_VARIABLE]), made.kernels)

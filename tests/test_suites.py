@@ -23,7 +23,13 @@ from suites.harness.measure import Diverged, InvalidMeasurement
 from suites.harness.run import DataConfig, Run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "suite"
-TIMING = ("training_speed", "prefill_latency", "decode_latency", "decode_throughput")
+TIMING = (
+    "training_speed",
+    "prefill_latency",
+    "decode_latency",
+    "decode_throughput",
+    "kernel_speed",
+)
 SUITES = (*TIMING, "language_modeling", "parity")
 SMALL = {
     "training_speed": {"seq_lens": [8, 16], "tokens_per_step": 32, "repeats": 2},
@@ -35,6 +41,7 @@ SMALL = {
         "repeats": 2,
         "max_batch_size": 2,
     },
+    "kernel_speed": {"batch_size": 2, "seq_lens": [8], "repeats": 2},
     "language_modeling": {"num_steps": 4, "batch_size": 2, "seq_len": 16},
     "parity": {"seq_lens": [28], "num_new_tokens": 4},
 }
@@ -139,6 +146,9 @@ class FakeEngine:
         self.work(f"decode {len(token_B)}", 0.125 * num_tokens)
         return np.zeros((len(token_B), num_tokens), np.int32), cache
 
+    def prepare_op(self, name, inputs, doutputs=None):
+        return lambda: self.work("op", 0.125 if doutputs is None else 0.25)
+
     def num_bytes(self, cache):
         return cache[0]
 
@@ -176,6 +186,10 @@ def test_tokens_per_step_are_constant():
         ("prefill_latency", {"prompt_lens": [0]}, "prompt_lens"),
         ("decode_latency", {"num_new_tokens": [1]}, "num_new_tokens"),
         ("decode_throughput", {"batch_size": 8, "max_batch_size": 4}, "max_batch_size=4"),
+        ("kernel_speed", {"ops": ["rglru"]}, "Did you mean 'rg_lru'"),
+        ("kernel_speed", {"phases": ["decode"]}, "decode"),
+        ("kernel_speed", {"seq_lens": [0]}, "seq_lens"),
+        ("kernel_speed", {"repeats": 0}, "repeats=0"),
         ("language_modeling", {"num_steps": 0}, "num_steps=0"),
         ("parity", {"seq_lens": [8], "num_new_tokens": 8}, "must exceed"),
     ],
@@ -333,6 +347,7 @@ HEADLINE = {
     "prefill_latency": "ttft_ms",
     "decode_latency": "tpot_ms",
     "decode_throughput": "tokens_per_s",
+    "kernel_speed": "op_time_ms",
     "language_modeling": "loss",
 }
 

@@ -18,6 +18,7 @@ from implementations import parameters
 from implementations.config import ModelConfig
 from implementations.engine import (
     CPU,
+    WIDE_INPUTS,
     Batch,
     Kernels,
     OptimizerConfig,
@@ -133,6 +134,31 @@ class Engine:
         )
         outputs = dict(zip(op.outputs, outputs, strict=True))
         return on_host(outputs), on_host(dparams), on_host(dinputs)
+
+    def prepare_op(
+        self,
+        name: str,
+        inputs: dict[str, np.ndarray],
+        doutputs: tuple[np.ndarray, ...] | None = None,
+    ) -> Callable[[], tuple]:
+        def put(value: np.ndarray, is_wide: bool) -> Array:
+            return self._put(jnp.asarray(value, self.master_dtype if is_wide else self.dtype))
+
+        is_float = {key: value.dtype.kind == "f" for key, value in inputs.items()}
+        arguments = (
+            {key: put(v, key in WIDE_INPUTS) for key, v in inputs.items() if is_float[key]},
+            {k: self._put(jnp.asarray(v, "int32")) for k, v in inputs.items() if not is_float[k]},
+            # of every state, and of the last one
+            doutputs and (put(doutputs[0], False), put(doutputs[1], True)),
+        )
+        settings = ops.Settings(self.config, self.kernels, self.dtype)
+
+        def run() -> tuple:
+            found = _timed_op(*arguments, name=name, settings=settings)
+            self._latest = found[0][-1]  # the last state: small, and ready when all of it is
+            return found
+
+        return run
 
     def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         loss, grads = _loss_and_grad(
@@ -358,6 +384,13 @@ def _op(
     settings: ops.Settings,
 ) -> tuple[tuple, dict, dict]:
     return ops.call(name, settings, params, inputs, integers, doutputs)
+
+
+@program(static=("name", "settings"))
+def _timed_op(
+    inputs: dict, integers: dict, doutputs: tuple | None, *, name: str, settings: ops.Settings
+) -> tuple[tuple, dict]:
+    return ops.timed(name, settings, inputs, integers, doutputs)
 
 
 @program(static=("config", "kernels", "dtype"))

@@ -17,6 +17,7 @@ from implementations.jax_backend.kernels.cross_entropy import cross_entropy as n
 from implementations.jax_backend.kernels.gated_gelu import gated_gelu
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import bounded_sqrt as bounded_sqrt_of
+from implementations.jax_backend.kernels.rg_lru import rg_lru as gated_scan
 from implementations.jax_backend.kernels.rope import rope as rotate
 from implementations.jax_backend.mixers import mqa, rg_lru
 from implementations.mixers import MIXERS
@@ -67,6 +68,11 @@ def scan(s: Settings, params: dict, a_BTR: Array, x_BTR: Array, h0_BR: Array) ->
 
 def recurrence(s: Settings, params: dict, x_BTR: Array, position_BT: Array, h0_BR: Array) -> tuple:
     return rg_lru.rg_lru(params, x_BTR, position_BT, h0_BR, s.kernels.linear_scan)
+
+
+def timed_recurrence(s: Settings, **inputs: Array) -> tuple:
+    """From the gates' pre-activations on."""
+    return gated_scan(**inputs, variant=s.kernels.linear_scan)
 
 
 def rope(s: Settings, params: dict, x_BTNH: Array, position_BT: Array) -> tuple:
@@ -137,6 +143,7 @@ OPS = {
     **{f"chunks.{name}": partial(chunks, name) for name in MIXERS},
     **{f"layer.{name}": partial(layer, name) for name in MIXERS},
 }
+TIMED = {"linear_scan": partial(scan, params={}), "rg_lru": timed_recurrence}
 
 
 def call(
@@ -153,4 +160,18 @@ def call(
         return run(params, inputs), {}, {}
     outputs, pull = jax.vjp(run, params, inputs)
     doutputs = tuple(d.astype(y.dtype) for d, y in zip(doutputs, outputs, strict=True))
+    return outputs, *pull(doutputs)
+
+
+def timed(
+    name: str, settings: Settings, inputs: dict, integers: dict, doutputs: tuple | None
+) -> tuple[tuple, dict]:
+    """(outputs, gradients of the inputs where doutputs are given), of one of engine.TIMED_OPS."""
+
+    def run(inputs: dict) -> tuple:
+        return TIMED[name](settings, **inputs, **integers)
+
+    if doutputs is None:
+        return run(inputs), {}
+    outputs, pull = jax.vjp(run, inputs)
     return outputs, *pull(doutputs)

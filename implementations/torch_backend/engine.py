@@ -16,6 +16,7 @@ from implementations import parameters
 from implementations.config import ModelConfig
 from implementations.engine import (
     CPU,
+    WIDE_INPUTS,
     Batch,
     Kernels,
     OptimizerConfig,
@@ -164,6 +165,44 @@ class Engine:
         )
         outputs = dict(zip(op.outputs, outputs, strict=True))
         return on_host(outputs), on_host(dparams), on_host(dinputs)
+
+    def prepare_op(
+        self,
+        name: str,
+        inputs: dict[str, np.ndarray],
+        doutputs: tuple[np.ndarray, ...] | None = None,
+    ) -> Callable[[], tuple]:
+        def put(value: np.ndarray, is_wide: bool) -> Tensor:
+            dtype = self.master_dtype if is_wide else self.dtype
+            return torch.tensor(value, dtype=dtype, device=self.device)
+
+        is_float = {key: value.dtype.kind == "f" for key, value in inputs.items()}
+        floats = {key: put(v, key in WIDE_INPUTS) for key, v in inputs.items() if is_float[key]}
+        integers = {
+            key: torch.tensor(v, dtype=torch.int64, device=self.device)
+            for key, v in inputs.items()
+            if not is_float[key]
+        }
+        function = self._compiled(ops.TIMED[name])
+        compute = partial(
+            function,
+            ops.Settings(self.config, self.resolved_kernels, self.dtype),
+            **floats,
+            **integers,
+        )
+        if doutputs is None:
+            return torch.inference_mode()(lambda: (compute(), {}))
+        # of every state, and of the last one
+        doutputs = (put(doutputs[0], False), put(doutputs[1], True))
+        for value in floats.values():
+            value.requires_grad_()
+
+        def run() -> tuple:
+            outputs = compute()
+            grads = torch.autograd.grad(outputs, tuple(floats.values()), doutputs)
+            return outputs, dict(zip(floats, grads, strict=True))
+
+        return run
 
     def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         loss = self._backward(batch, activation_checkpointing=False)

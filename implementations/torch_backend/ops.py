@@ -18,6 +18,7 @@ from implementations.torch_backend.kernels.cross_entropy import cross_entropy as
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
 from implementations.torch_backend.kernels.rg_lru import bounded_sqrt as root
+from implementations.torch_backend.kernels.rg_lru import rg_lru as gated_scan
 from implementations.torch_backend.kernels.rope import rope as turn
 from implementations.torch_backend.mixers import mqa, rg_lru
 
@@ -76,6 +77,12 @@ def recurrence(
     s: Settings, params: dict, x_BTR: Tensor, position_BT: Tensor, h0_BR: Tensor
 ) -> tuple:
     return loaded(rg_lru.RGLRU(s.config, s.kernels), params)(x_BTR, position_BT, h0_BR)
+
+
+def timed_recurrence(s: Settings, **inputs: Tensor) -> tuple:
+    """From the gates' pre-activations on, which hold their biases."""
+    biases = {"a_bias_R": None, "input_bias_R": None}
+    return gated_scan(**inputs, **biases, variant=s.kernels["linear_scan"])
 
 
 def rope(s: Settings, params: dict, x_BTNH: Tensor, position_BT: Tensor) -> tuple:
@@ -144,6 +151,7 @@ OPS = {
     **{f"chunks.{name}": partial(chunks, name) for name in MIXERS},
     **{f"layer.{name}": partial(layer, name) for name in MIXERS},
 }
+TIMED = {"linear_scan": partial(scan, params={}), "rg_lru": timed_recurrence}
 
 
 def call(

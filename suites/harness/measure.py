@@ -237,6 +237,14 @@ class Peak:
         return None if self.bytes_per_s is None else num_bytes / seconds / self.bytes_per_s
 
 
+def bounds(num_bytes: int) -> Iterator[Sample]:
+    """The least time on each TPU of the list that moving so many bytes takes: a bound, by its data
+    sheet's bandwidth, and no measurement."""
+    for device in DEVICES:
+        if device.name.startswith("TPU"):
+            yield sample("bound_ms", num_bytes / device.bytes_per_s * 1e3, field=device.name)
+
+
 def find_device(device_name: str) -> Device | None:
     return next((d for d in DEVICES if re.search(d.pattern, device_name)), None)
 

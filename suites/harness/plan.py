@@ -16,6 +16,7 @@ from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import Kernels, OptimizerConfig, check_dtype
 from suites.harness import provenance, topology
+from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
 
 # Ends that are results: such a run is not run again while its build is current.
@@ -48,6 +49,7 @@ class Planned:
             "backend": run.backend,
             "dtype": run.dtype,
             "phase": run.workload.phase,
+            "op": run.workload.op or None,
             "batch_size": run.workload.batch_size,
             "seq_len": run.workload.seq_len or None,
             "prompt_len": run.workload.prompt_len or None,
@@ -220,6 +222,16 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         memory = cost.inference_memory_bytes(
             model, prompt_len=work.prompt_len, dtype=dtype, **cache
         )
+    elif work.op:
+        cache = {"batch_size": 1, "capacity": CONTEXT}
+        memory = cost.scan_bytes(  # what it reads and writes is there at once
+            model,
+            work.op,
+            batch_size=work.batch_size,
+            seq_len=work.seq_len,
+            dtype=dtype,
+            has_backward=work.phase == "train",
+        )
     else:
         cache = {"batch_size": 1, "capacity": CONTEXT}
         memory = cost.train_memory_bytes(
@@ -287,6 +299,8 @@ def _change(record: dict[str, Any], run: Run, device: str) -> str:
 
 def workload_text(work: Workload) -> str:
     """A workload in a few words, for tables."""
+    if work.op:
+        return f"{work.op} {PASSES[work.phase]} {work.batch_size} x {work.seq_len}"
     if work.phase in ("prefill", "decode"):
         text = f"prompt_len {work.prompt_len}"
         text += f" + {work.num_new_tokens}" if work.num_new_tokens else ""

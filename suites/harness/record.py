@@ -30,6 +30,8 @@ OUTCOMES = (
 )
 PHASES = ("start", "init", "compile", "measure", "evaluate")
 
+PASSES = {"evaluate": "forward", "train": "forward + backward"}  # of an op alone, by its phase
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -48,13 +50,15 @@ METRICS = {
     "ttft_ms": Metric("ms", "lower", "TTFT (ms)"),
     "tpot_ms": Metric("ms", "lower", "TPOT (ms)"),
     "decode_time_s": Metric("s", "lower", "Decode time (s)"),
+    "op_time_ms": Metric("ms", "lower", "Time of the op (ms)"),
+    "op_bytes": Metric("B", None, "Bytes that must move (MiB)"),
+    "bound_ms": Metric("ms", None, "Bound by bytes (ms)"),
     "init_time_s": Metric("s", "lower", "Initialization (s)"),
     "compile_time_s": Metric("s", "lower", "Compile time (s)"),
     "aot_compile_time_s": Metric("s", "lower", "Compile time, ahead of time (s)"),
     "collectives": Metric("1", "lower", "Collectives"),
     "num_bundles": Metric("1", None, "Instruction bundles"),
     "num_spills": Metric("1", "lower", "Spills"),
-    "bound_ms": Metric("ms", None, "Bound by bytes (ms)"),
     "first_step_time_ms": Metric("ms", "lower", "First step (ms)"),
     "peak_memory_bytes": Metric("B", "lower", "Peak memory (GiB)"),
     "cache_bytes": Metric("B", "lower", "Cache (MiB)"),

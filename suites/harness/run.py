@@ -28,6 +28,7 @@ class Workload:
     activation_checkpointing: bool = False
     levels: tuple[str, ...] = ()  # of the parity ladder; empty: those of the gate
     topology: str | None = None  # of TPUs that are not here: compiled for, and not run
+    op: str = ""  # that is timed alone; in the phase train with its gradients
 
     def __post_init__(self) -> None:
         choose("phase", self.phase, PHASES, "workload")
@@ -85,6 +86,8 @@ class Run:
             del values["workload"]["levels"]
         if self.workload.topology is None:
             del values["workload"]["topology"]
+        if not self.workload.op:
+            del values["workload"]["op"]
         if self.kernels.layers == "auto":  # runs from before this setting keep their ids
             del values["kernels"]["layers"]
         return values
