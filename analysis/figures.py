@@ -321,7 +321,7 @@ def _lines(
 
 
 def _note(figure: Figure, notes: list[str], rows: pd.DataFrame) -> None:
-    """A line under the plots, which begins with what is not verified of its rows."""
+    """A line under the plots, an alarm where it begins with what is not verified of its rows."""
     is_bare = bool((rows["parity"] != derive.GREEN).any())
     if is_bare:
         hollow = (
@@ -330,7 +330,8 @@ def _note(figure: Figure, notes: list[str], rows: pd.DataFrame) -> None:
         )
         notes = [hollow, *notes]
     if notes:
-        figure.supxlabel(" ".join(notes), x=0.01, ha="left", fontsize=8, color=style.ALARM)
+        color = style.ALARM if is_bare else style.INK
+        figure.supxlabel(" ".join(notes), x=0.01, ha="left", fontsize=8, color=color)
 
 
 def _draw(

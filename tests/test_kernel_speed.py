@@ -13,7 +13,7 @@ from analysis.load import frame_of
 from implementations import cost, reference
 from implementations.engine import TIMED_OPS, Kernels, Unsupported, load_engine
 from implementations.mixers import rg_lru
-from suites import kernel_speed
+from suites import compose, kernel_speed
 from suites.harness import measure, plan
 from suites.harness.run import Run, Workload
 
@@ -22,7 +22,7 @@ HAWK = tiny("hawk", num_layers=1, d_rnn=24)
 
 
 def workload(op, phase="train", **settings):
-    return Workload(**({"batch_size": 2, "seq_len": 33, "op": op, "phase": phase} | settings))
+    return Workload(**({"batch_size": 2, "seq_len": 9, "op": op, "phase": phase} | settings))
 
 
 def host(value):
@@ -234,3 +234,25 @@ def test_the_figure_has_a_panel_for_each_pass_and_a_line_for_each_variant(frame)
 
 def test_a_device_kind_of_a_tpu_is_bounded_by_its_own_bandwidth():
     assert {s.field: s.value for s in measure.bounds(819_000_000)}["TPU v5e"] == 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_variant_for_another_device_is_unsupported(backend):
+    with pytest.raises(Unsupported, match="pallas_tpu"):
+        load_engine(backend)(HAWK, kernels=Kernels(linear_scan="pallas_tpu"))
+
+
+def test_interpreted_kernels_are_not_timed():
+    overrides = ["suite=kernel_speed", "family=hawk", "kernels.interpret=true"]
+    (settings,) = compose.read(overrides).settings
+    with pytest.raises(ValueError, match="times what it runs"):
+        list(plan.expand(settings))
+
+
+def test_the_experiment_has_the_shapes_of_the_figure():
+    settings = compose.read(["experiment=scan_speed"]).settings
+    runs = [run for made in settings for run in plan.expand(made)]
+    assert {run.model.d_rnn for run in runs} == {1024}
+    assert {run.workload.batch_size for run in runs} == {8}
+    assert {run.workload.seq_len for run in runs} == {2**n for n in range(10, 15)}
+    assert {run.kernels.linear_scan for run in runs} == {"sequential", "associative", "analytic"}
