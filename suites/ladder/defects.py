@@ -191,15 +191,15 @@ JAX_DEFECTS = (
     Defect(
         "jax_last_state_without_gradient",
         f"{JAX}.kernels.linear_scan",
-        "_loop(late_a_BTR, dh_BTR, dh_BR,",
-        "_loop(late_a_BTR, dh_BTR, jnp.zeros_like(dh_BR),",
+        "g_BR = dh_BTR[:, -1] + dh_BR",
+        "g_BR = dh_BTR[:, -1]",
         "L3",
     ),
     Defect(
         "jax_decay_gradient_of_late_states",
         f"{JAX}.kernels.linear_scan",
-        "jnp.concatenate([h0_BR[:, None], h_BTR[:, :-1]], axis=1)",
-        "h_BTR",
+        "dx_BTR[:, 1:] * h_BTR[:, :-1]",
+        "dx_BTR[:, 1:] * h_BTR[:, 1:]",
         "L3",
     ),
     Defect(

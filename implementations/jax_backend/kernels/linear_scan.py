@@ -45,7 +45,7 @@ def check(variant: str) -> str:
 
 def _sequential(a_BTR: Array, x_BTR: Array, h0_BR: Array) -> tuple[Array, Array]:
     """lax.scan, differentiated by JAX; unrolled, but not on a CPU: XLA's code for 8 steps a turn
-    takes 1.2 to 4 times as long there as for one (on one core, d_rnn 96 and 1024, 256 and 2048
+    takes 1.3 to 4.3 times as long there as for one (one core, d_rnn 96 and 1024, 256 and 2048
     steps, forward and with gradients)."""
     unroll = 1 if jax.default_backend() == "cpu" else UNROLL
 
