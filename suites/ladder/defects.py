@@ -625,6 +625,20 @@ PALLAS_DEFECTS = (
         "L3",
     ),
     Defect(
+        "jax_pallas_window_one_short",
+        f"{JAX}.kernels.attention_tpu",
+        "(key >= first) & (key <= last)",
+        "(key > first) & (key <= last)",
+        "L2",
+    ),
+    Defect(
+        "jax_pallas_softmax_gradient",
+        f"{JAX}.kernels.attention_tpu",
+        "delta_ref[row, :] = product.T.sum(0, keepdims=True)",
+        "delta_ref[row, :] = 0 * product.T.sum(0, keepdims=True)",
+        "L3",
+    ),
+    Defect(
         "jax_pallas_gradient_without_first_state",
         f"{JAX}.kernels.linear_scan_gpu",
         "jnp.where(t == 0, h0, h)",
