@@ -35,7 +35,7 @@ def program_of(config, device, *, B, capacity, dtype):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         (params, token_B, states, token_B),
     )
-    traced = engine._decode.trace(*there, num_tokens=4, config=config, kernels=KERNELS)
+    traced = engine.decode_program.trace(*there, num_tokens=4, config=config, kernels=KERNELS)
     return traced.lower().compile().as_text(), states
 
 
