@@ -6,10 +6,9 @@ import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import races
 from attention_cases import Case, case_of
 from jax import Array
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from implementations.jax_backend.kernels import attention_tpu
 from implementations.jax_backend.kernels.attention import attention, window_attention
@@ -31,12 +30,12 @@ def attention_errors_in_parts(**arguments) -> dict[str, float]:
         return attention_errors(**arguments)
 
 
-def attention_races(**arguments) -> tuple[dict[str, float], bool]:
-    """Errors where a TPU's memories are simulated, what is not written being NaN; and whether two
-    programs, or a program and a copy, met."""
+def attention_races(**arguments) -> tuple[dict[str, float], list[bool]]:
+    """Errors where a TPU's memories are simulated, and whether each kernel raced."""
     case = case_of(**arguments)
-    got = results(case, mode=pltpu.InterpretParams(detect_races=True), **arguments)
-    return attention_cases.errors(case.want, got), interpret_pallas_call.races.races_found
+    with races.watched() as found:
+        got = results(case, mode=races.MODE, **arguments)
+    return attention_cases.errors(case.want, got), [kernel.races_found for kernel in found]
 
 
 def beyond_the_keys() -> dict[str, np.ndarray]:

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
+import races
 from scan_cases import Errors, scan_case
 
 from implementations.engine import Kernels
@@ -14,16 +15,14 @@ from implementations.jax_backend import ops
 from implementations.jax_backend.kernels.interpreter import interpreting
 
 KERNELS = Kernels(attention="plain", layers="plain")
-# as operations of XLA; or with a TPU's memories simulated, what is not written being NaN
-MODES = {"values": True, "races": pltpu.InterpretParams(detect_races=True)}
 
 
-def op_errors(variant: str, mode: str = "values", **shape) -> Errors:
+def op_errors(variant: str, mode: Any = True, **shape) -> Errors:
     """linear_scan or rg_lru, as parity calls it: values, and gradients of everything given."""
     case = scan_case(**shape)
     settings = ops.Settings(case.config, replace(KERNELS, linear_scan=variant), case.dtype)
     run = jax.jit(partial(ops.call, case.op, settings))  # as one program: quicker to compile
-    with interpreting(MODES[mode]):
+    with interpreting(mode):
         outputs, dparams, dinputs = run(
             {name: jnp.asarray(value) for name, value in case.params.items()},
             {
@@ -34,6 +33,13 @@ def op_errors(variant: str, mode: str = "values", **shape) -> Errors:
             tuple(map(jnp.asarray, case.doutputs)),
         )
     return case.errors(tuple(map(array, outputs)), *map(arrays, (dparams, dinputs)))
+
+
+def op_races(**shape) -> tuple[Errors, list[bool]]:
+    """Errors where a TPU's memories are simulated, and whether each kernel raced."""
+    with races.watched() as found:
+        errors = op_errors("pallas_tpu", races.MODE, **shape)
+    return errors, [kernel.races_found for kernel in found]
 
 
 def arrays(values: dict) -> dict[str, np.ndarray]:

@@ -7,8 +7,19 @@ import pytest
 from scan_cases import LONG_SHAPES, SHAPES, within
 
 CASES = "pallas_scan_cases"
-SCANS = [("pallas_tpu", *shape) for shape in (*SHAPES, *LONG_SHAPES)]  # blocks of 256 steps
-SCANS += [("pallas_gpu", *shape) for shape in SHAPES]
+# An interpreted program is compiled for each shape, in some seconds: the others are slow tests.
+QUICK = (SHAPES[2], SHAPES[4], SHAPES[6])
+
+
+def scans(variant: str, shapes: list[tuple]) -> list:
+    return [
+        pytest.param(variant, *shape, marks=() if shape in QUICK else pytest.mark.slow)
+        for shape in shapes
+    ]
+
+
+# blocks of pallas_tpu are 256 steps
+SCANS = scans("pallas_tpu", SHAPES + LONG_SHAPES) + scans("pallas_gpu", SHAPES)
 
 
 @pytest.mark.parametrize(("variant", "B", "T", "R", "documents", "dtype"), SCANS)
@@ -25,9 +36,9 @@ def test_a_scan_and_its_gradients_are_true(interpreted, op, variant, B, T, R, do
 @pytest.mark.parametrize(("op", "dtype"), [("linear_scan", "bfloat16"), ("rg_lru", "float32")])
 def test_no_access_is_out_of_bounds_or_races(interpreted, op, dtype, B, T):
     shape = {"B": B, "T": T, "R": 20, "documents": "some"}
-    settings = {"variant": "pallas_tpu", "dtype": dtype, "mode": "races"}
-    found = interpreted(CASES, "op_errors", backend="pallas", op=op, **shape, **settings)
+    found, has_raced = interpreted(CASES, "op_races", backend="pallas", op=op, **shape, dtype=dtype)
     within(found, op, dtype, "pallas")
+    assert has_raced == [False] * 2  # forward and backward
 
 
 @pytest.mark.parametrize("variant", ["pallas_tpu", "pallas_gpu"])
