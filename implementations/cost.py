@@ -93,13 +93,6 @@ def prefill_bytes(config: ModelConfig, *, batch_size: int, prompt_len: int, dtyp
     return param_bytes(config, dtype) + written
 
 
-def recurrence_memory_bytes(
-    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: str
-) -> int:
-    """Predicted peak of its forward and backward alone: inputs, states, and a gradient of each."""
-    return 8 * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
-
-
 # [B, T, R] arrays that a scan must read or write once, forward and backward: of linear_scan a, x
 # and h, then a, h, dh, da and dx; of rg_lru x, two gates and h, then those, dh and three gradients.
 SCAN_ARRAYS = {"linear_scan": (3, 5), "rg_lru": (4, 8)}
@@ -118,6 +111,24 @@ def scan_bytes(
     return batch_size * config.d_rnn * (num_arrays * seq_len * ITEMSIZE[dtype] + states)
 
 
+# The same arrays as they are there at once: forward, and with gradients.
+SCAN_ARRAYS_HELD = {"linear_scan": (3, 6), "rg_lru": (4, 8)}
+
+
+def scan_memory_bytes(
+    config: ModelConfig, op: str, *, batch_size: int, seq_len: int, dtype: str, has_backward: bool
+) -> int:
+    """Predicted peak of one layer's scan alone."""
+    num_arrays = SCAN_ARRAYS_HELD[op][has_backward]
+    return num_arrays * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
+
+
+# Tokens whose logits the loss holds at once: so many bytes of them, and never fewer than these
+# (the larger of both backends' kernels/cross_entropy.py).
+LOSS_CHUNK_BYTES = 2**26
+LOSS_MIN_CHUNK = 2048
+
+
 def train_memory_bytes(
     config: ModelConfig,
     *,
@@ -130,7 +141,8 @@ def train_memory_bytes(
 
     Parameters, gradients and two moments in float32; for every layer (or for one, and each layer's
     input, with checkpointing) the inputs of its products and gates; logits and their gradient in
-    float32. Fused attention is assumed: no score matrix is kept.
+    float32, of a chunk of tokens as the loss takes them. Fused attention is assumed: no score
+    matrix is kept.
     """
     size = ITEMSIZE[dtype]
     master = max(size, 4)
@@ -144,8 +156,9 @@ def train_memory_bytes(
     }
     layers = [kept[m] + (4 * D + 4 * F) * size for m in config.layer_mixers]
     per_token = max(layers) + len(layers) * D * size if activation_checkpointing else sum(layers)
-    logits = 2 * config.vocab_size * 4
-    return num_params(config) * 4 * master + tokens * (per_token + logits)
+    chunk = max(LOSS_CHUNK_BYTES // (4 * config.vocab_size), LOSS_MIN_CHUNK)
+    logits = min(tokens, chunk) * 2 * config.vocab_size * 4
+    return num_params(config) * 4 * master + tokens * per_token + logits
 
 
 def inference_memory_bytes(

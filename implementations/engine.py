@@ -24,6 +24,8 @@ LANGUAGES = ("triton", "pallas")  # of the kernels that are ours: their variants
 KERNEL_SETTINGS = ("linear_scan", "attention", "layers")  # of Kernels: each names a variant
 CPU = "cpu"
 TPUS = ("v4", "v5e", "v5p", "v6e")
+TPU_SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of the chips' network
+MAX_FLAT_SIDE = 16
 # Ops that can be timed alone: rg_lru from its gates' pre-activations on, without the products that
 # make them. What the model keeps in float32 stays so.
 TIMED_OPS = ("linear_scan", "rg_lru")
@@ -63,14 +65,21 @@ def platform_of(device_kind: str) -> str:
 
 def tpu_of(topology: str) -> str:
     """The kind of TPU in a topology's name, v5e of v5e:2x2; ValueError where it is none."""
-    found = re.fullmatch(rf"({'|'.join(TPUS)}):(\d+)x(\d+)(?:x(\d+))?", topology)
-    sides = [int(side) for side in found.groups()[1:] if side] if found else [0]
-    if 0 in sides or any(side % 2 for side in sides[:2]):
+    kind, _, chips = topology.partition(":")
+    sides = chips.split("x")
+    if (
+        kind not in TPU_SIDES
+        or len(sides) != TPU_SIDES[kind]
+        or not all(re.fullmatch("[1-9][0-9]?", side) for side in sides)
+        or any(int(side) % 2 for side in sides[:2])
+        or (len(sides) == 2 and max(map(int, sides)) > MAX_FLAT_SIDE)
+    ):
         raise ValueError(
-            f"topology {topology!r} is not known. A topology is a kind of TPU ({', '.join(TPUS)}) "
-            "and its chips, by hosts of 2x2: v5e:2x2, v5e:4x4, v5p:2x2x1."
+            f"topology {topology!r} is not known. A topology is a kind of TPU and its chips, by "
+            "hosts of 2x2, in two dimensions up to 16x16 (v5e, v6e) or in three (v4, v5p): "
+            "v5e:2x2, v6e:4x4, v4:2x2x1, v5p:2x2x2."
         )
-    return found[1]
+    return kind
 
 
 # (backend, platform) -> the variant that `auto` stands for in each setting. Layers of JAX are left

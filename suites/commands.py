@@ -388,7 +388,7 @@ def _latest_outcomes(store: Path) -> Iterator[tuple[str, str]]:
     """(suite, outcome) of every run: its last finished attempt, else its last."""
     for folder in sorted((store / "runs").glob("*")):
         if records := plan.attempts(store, folder.name):
-            finished = [record for record in records if record["outcome"] in plan.FINISHED]
+            finished = [record for record in records if plan.is_finished(record)]
             counted = (finished or records)[-1]
             yield counted["run"]["suite"], counted["outcome"]
 

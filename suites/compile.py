@@ -16,7 +16,7 @@ from implementations import cost
 from implementations.config import choose
 from implementations.engine import Compiled, Compiler, OptimizerConfig, tpu_of
 from suites.harness import topology
-from suites.harness.measure import find_device, phase, sample
+from suites.harness.measure import bound, find_device, phase, sample
 from suites.harness.record import Sample
 from suites.harness.run import Run, Workload
 
@@ -66,6 +66,7 @@ class Suite:
 def measure(run: Run, engine: Compiler) -> Iterator[Sample]:
     phase("compile")
     made = compile_phase(run, engine)
+    phase("measure")  # from here on a fault is ours, and not the compiler's
     yield sample("aot_compile_time_s", made.seconds)
     yield sample("peak_memory_bytes", made.peak_memory_bytes)
     yield sample("collectives", sum(made.collectives.values()))
@@ -100,15 +101,9 @@ def kernel_samples(run: Run, engine: Compiler, made: Compiled) -> Iterator[Sampl
     """The bound by bytes, and of the hand-written kernels, where there are any, their code."""
     if (device := find_device(engine.device_name)) is not None:
         work = run.workload
-        num_bytes = cost.scan_bytes(
-            run.model,
-            "rg_lru",
-            batch_size=work.batch_size,
-            seq_len=work.seq_len,
-            dtype=run.dtype,
-            has_backward=True,
-        )
-        yield sample("bound_ms", num_bytes / device.bytes_per_s * 1e3, field=device.name)
+        shape = {"batch_size": work.batch_size, "seq_len": work.seq_len, "dtype": run.dtype}
+        num_bytes = cost.scan_bytes(run.model, "rg_lru", has_backward=True, **shape)
+        yield bound(device, num_bytes)
     code = topology.read_dumps(Path(os.environ[topology.DUMPS_VARIABLE]), made.kernels)
     for name, kernel in code.items():
         yield sample("num_bundles", kernel.num_bundles, field=name)

@@ -68,7 +68,7 @@ def aerie(store, *arguments, **variables):
     ("overrides", "said"),
     [
         (["topology=v5p-128"], "topology 'v5p-128' is not known"),
-        (["topology=v7x:2x2"], "A topology is a kind of TPU (v4, v5e, v5p, v6e)"),
+        (["topology=v7x:2x2"], "in two dimensions up to 16x16 (v5e, v6e) or in three (v4, v5p)"),
         (["topology=v5e:3x3"], "by hosts of 2x2"),
         (["backend=torch"], "backend=torch compiles for no TPU"),
         (["dtype=float64"], "a TPU has none"),
@@ -111,7 +111,9 @@ def test_a_topology_names_its_kind(name, kind):
     assert tpu_of(name) == kind
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:0x2", "v5p:2x2x0", "v5e:2x2x", "cpu"])
+@pytest.mark.parametrize("name", [
+    "v5e", "v5e:4", "v5e:0x2", "v5p:2x2x0", "v5e:2x2x", "v5e:2x2x1", "v6e:32x16", "v4:2x2", "cpu",
+])  # fmt: skip
 def test_what_is_no_topology_is_refused(name):
     with pytest.raises(ValueError, match="is not known"):
         tpu_of(name)

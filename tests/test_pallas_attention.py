@@ -3,7 +3,6 @@
 A compiler needs no device, only libtpu (the extra `tpu`).
 """
 
-import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,8 +13,8 @@ import pytest
 from attention_cases import ATTENTIONS, CHUNKS, TOLERANCE, check
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from topologies import tpu
 
 from implementations.engine import Unsupported
 from implementations.jax_backend.kernels import attention, attention_tpu
@@ -117,10 +116,7 @@ def test_it_lowers_for_a_tpu_at_any_matmul_precision():
 
 
 def test_it_compiles_for_a_v5e():
-    if os.environ.get("AERIE_REQUIRE_TPU") != "1":
-        pytest.importorskip("libtpu")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    placed = shapes(sharding=SingleDeviceSharding(topology.devices[0]))
+    placed = shapes(sharding=SingleDeviceSharding(tpu("v5e:2x2")))
     traced = jax.jit(partial(attend_and_pull, variant="pallas_tpu")).trace(*placed)
     compiled = traced.lower().compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3

@@ -4,13 +4,12 @@ A compiler needs no device, only libtpu (the extra `tpu`), and says what Mosaic'
 does not: that blocks fit in a core's memory, and that every access is one the chip has.
 """
 
-import os
 from functools import partial
 
 import jax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from topologies import tpu
 
 from implementations.engine import Unsupported
 from implementations.jax_backend.kernels.linear_scan import linear_scan
@@ -58,6 +57,15 @@ def test_every_variant_lowers(op, variant, platform, dtype):
     assert target is None or target in text
 
 
+def test_a_cpu_lowers_for_a_tpu_what_a_tpu_would_run():
+    """The loop of `sequential` is unrolled but on a CPU, wherever it is compiled."""
+    traced = jax.jit(partial(with_gradients, "linear_scan", "sequential")).trace(
+        *shapes_of("linear_scan", 1, 64, 3, "float32")
+    )
+    lines = [traced.lower(lowering_platforms=(on,)).as_text().count("\n") for on in ("cpu", "tpu")]
+    assert lines[1] > 2 * lines[0]
+
+
 @pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
 def test_more_elements_than_32_bits_count_are_refused(op):
     with pytest.raises(Unsupported, match="batch 64 x 8192 steps x 4096 channels") as refusal:
@@ -67,32 +75,21 @@ def test_more_elements_than_32_bits_count_are_refused(op):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.fixture(scope="module")
-def devices() -> dict:
-    """The first device of each topology, none of which is here."""
-    if os.environ.get("AERIE_REQUIRE_TPU") != "1":
-        pytest.importorskip("libtpu")
-    return {
-        name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-        for name in TOPOLOGIES
-    }
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
-def test_kernels_compile_for_real_tpus(devices, op, topology, dtype):
-    compile_for(devices[topology], op, (B, T, R), dtype)
+def test_kernels_compile_for_real_tpus(op, topology, dtype):
+    compile_for(tpu(topology), op, (B, T, R), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [RAGGED, SMALL], ids=["ragged", "small"])
 @pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
-def test_kernels_compile_for_odd_shapes(devices, op, shape, dtype):
-    compile_for(devices["v5e:2x2"], op, shape, dtype)
+def test_kernels_compile_for_odd_shapes(op, shape, dtype):
+    compile_for(tpu("v5e:2x2"), op, shape, dtype)
 
 
-def compile_for(device, op: str, shape: tuple[int, int, int], dtype: str) -> None:
+def compile_for(device: jax.Device, op: str, shape: tuple[int, int, int], dtype: str) -> None:
     shapes = shapes_of(op, *shape, dtype, SingleDeviceSharding(device))
     compiled = jax.jit(partial(with_gradients, op, "pallas_tpu")).trace(*shapes).lower().compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -183,6 +183,19 @@ def test_the_store_says_why_a_run_would_run(tmp_path):
     assert after("cancelled", "g") == ("finished", False)
 
 
+def test_a_tpu_is_known_by_its_kind():
+    """What it calls itself is not what was asked for, and is no reason to measure again."""
+    run = runs_of("suite.rounds=1", "device_kind=v5e", "backend=jax")[0]
+    seen = {"versions": provenance.versions(), "device_name": "TPU v5 lite"}
+    assert plan._change({"provenance": seen}, run, provenance.device_name("v5e")) == "code changed"
+
+
+@pytest.mark.parametrize(("topology", "is_finished"), [("v5e:2x2", True), (None, False)])
+def test_a_program_compiled_alone_is_refused_once(topology, is_finished):
+    record = {"outcome": "compile_error", "run": {"workload": {"topology": topology}}}
+    assert plan.is_finished(record) is is_finished
+
+
 def test_only_a_search_for_a_frontier_may_end_out_of_memory():
     run = runs_of("suite.rounds=1")[0]
     search = replace(run, workload=replace(run.workload, max_batch_size=8))

@@ -238,11 +238,14 @@ class Peak:
 
 
 def bounds(num_bytes: int) -> Iterator[Sample]:
-    """The least time on each TPU of the list that moving so many bytes takes: a bound, by its data
-    sheet's bandwidth, and no measurement."""
-    for device in DEVICES:
-        if device.name.startswith("TPU"):
-            yield sample("bound_ms", num_bytes / device.bytes_per_s * 1e3, field=device.name)
+    """Of each TPU of the list."""
+    yield from (bound(device, num_bytes) for device in DEVICES if device.name.startswith("TPU"))
+
+
+def bound(device: Device, num_bytes: int) -> Sample:
+    """The least time that moving so many bytes takes, by the data sheet's bandwidth: a bound, and
+    no measurement."""
+    return sample("bound_ms", num_bytes / device.bytes_per_s * 1e3, field=device.name)
 
 
 def find_device(device_name: str) -> Device | None:

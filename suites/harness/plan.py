@@ -14,7 +14,7 @@ from typing import Any
 
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
-from implementations.engine import Kernels, OptimizerConfig, check_dtype
+from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype
 from suites.harness import provenance, topology
 from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
@@ -184,7 +184,7 @@ def judge(
     """(reason, whether it is pending, the record that counts) for a run and its attempts."""
     if not records:
         return NEW, True, None
-    finished = [record for record in records if record["outcome"] in FINISHED]
+    finished = [record for record in records if is_finished(record)]
     current = [record for record in finished if record["build"] == build_now]
     if current:
         outcome = current[-1]["outcome"]
@@ -224,7 +224,7 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         )
     elif work.op:
         cache = {"batch_size": 1, "capacity": CONTEXT}
-        memory = cost.scan_bytes(  # what it reads and writes is there at once
+        memory = cost.scan_memory_bytes(
             model,
             work.op,
             batch_size=work.batch_size,
@@ -285,6 +285,14 @@ def _rank(suite: str) -> int:
     return 1 if load_suite(suite).is_timing else 2
 
 
+def is_finished(record: dict[str, Any]) -> bool:
+    """Whether an attempt is a result. What a compiler refuses of a program that is compiled alone,
+    for a device that is not here, it refuses again."""
+    is_compiled_alone = record["run"]["workload"].get("topology") is not None
+    outcome = record["outcome"]
+    return outcome in FINISHED or (is_compiled_alone and outcome == "compile_error")
+
+
 def _change(record: dict[str, Any], run: Run, device: str) -> str:
     """What differs between a finished record's build and ours, in words."""
     then = record["provenance"].get("versions", {})
@@ -292,7 +300,8 @@ def _change(record: dict[str, Any], run: Run, device: str) -> str:
     for name in provenance.libraries(run.backend, device):
         if then.get(name) != now.get(name):
             return f"{name} {then.get(name)} -> {now.get(name)}"
-    if (was := record["provenance"].get("device_name")) != device:
+    was = record["provenance"].get("device_name")
+    if was != device and device not in TPUS:  # one that is here: a TPU is known by its kind
         return f"device {was} -> {device}"
     return "code changed"
 

@@ -165,7 +165,7 @@ def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
     ends = [
         record["outcome"]
         for record in plan.attempts(store, planned.run.run_id)
-        if record["build"] == planned.build and record["outcome"] in plan.FINISHED
+        if record["build"] == planned.build and plan.is_finished(record)
     ]
     return next((end for end in reversed(ends) if end != "out_of_memory_predicted"), None)
 

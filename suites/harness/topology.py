@@ -101,10 +101,9 @@ def costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, float]:
         )
     elif work.phase == "kernel":
         flops = cost.recurrence_flops(model, work.batch_size, work.seq_len)
-        num_bytes = cost.scan_bytes(
-            model, "rg_lru", seq_len=work.seq_len, has_backward=True, **batch
-        )
-        memory = cost.recurrence_memory_bytes(model, seq_len=work.seq_len, **batch)
+        shape = {"seq_len": work.seq_len, "has_backward": True, **batch}
+        num_bytes = cost.scan_bytes(model, "rg_lru", **shape)
+        memory = cost.scan_memory_bytes(model, "rg_lru", **shape)
     elif work.phase == "prefill":
         flops = cost.prefill_flops(model, work.batch_size, work.prompt_len)
         num_bytes = cost.prefill_bytes(model, prompt_len=work.prompt_len, **batch)

@@ -55,6 +55,7 @@ def window_attention(
         last_BT = jnp.broadcast_to(jnp.arange(S - T, S, dtype=jnp.int32), (B, T))
         return attention_tpu(q_BTNH, k_BSKH, v_BSKH, last_BT, reach_BT, window)
     block = -(-window // BLOCKS_PER_WINDOW)
+    block += block % 2  # cuDNN takes even lengths alone
     num_past = -(-window // block)  # blocks of keys before a block of queries
     num_blocks = -(-T // block)
     back = num_blocks * block - T
