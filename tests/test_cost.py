@@ -161,3 +161,12 @@ def test_predicted_memory_grows_with_the_batch_and_falls_with_checkpointing(fami
         )
     )
     assert 16 * cost.num_params(config) < small < checkpointed < large
+
+
+def test_predicted_memory_holds_logits_of_a_chunk_alone():
+    config = tiny("hawk", vocab_size=256_000)
+    shape = {"seq_len": 2048, "dtype": "bfloat16"}
+    one, eight = (cost.train_memory_bytes(config, batch_size=B, **shape) for B in (1, 8))
+    logits = 2 * 2048 * config.vocab_size * 4
+    assert logits < one
+    assert eight - one < logits
