@@ -5,8 +5,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 from interpreted import interpreted  # noqa: F401, a fixture
 
 from implementations.config import ModelConfig
@@ -20,6 +22,16 @@ PATTERNS = {
     "hawk": ("rg_lru",),
     "griffin": ("rg_lru", "rg_lru", "mqa"),
 }
+
+
+@pytest.fixture
+def in_32_bits() -> Iterator[None]:
+    """As in every process that runs kernels of Pallas. An engine in float64 switches JAX to 64 bits
+    for good: here, for all tests after it."""
+    import jax
+
+    with jax.enable_x64(False):
+        yield
 
 
 def tiny(family: str, **overrides) -> ModelConfig:

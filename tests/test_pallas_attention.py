@@ -20,6 +20,8 @@ from implementations.engine import Unsupported
 from implementations.jax_backend.kernels import attention, attention_tpu
 from implementations.jax_backend.kernels.attention import window_attention
 
+pytestmark = pytest.mark.usefixtures("in_32_bits")
+
 
 @pytest.fixture
 def in_worker(interpreted):

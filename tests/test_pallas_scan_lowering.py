@@ -15,6 +15,8 @@ from implementations.engine import Unsupported
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import rg_lru
 
+pytestmark = pytest.mark.usefixtures("in_32_bits")
+
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 ON = {
     "sequential": ("tpu", "cuda"),
