@@ -25,19 +25,15 @@ HEADLINES = {
 }  # fmt: skip
 SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
           "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
-TIMES = (
-    "step_time_ms",
-    "tokens_per_s",
-    "ttft_ms",
-    "tpot_ms",
-    "decode_time_s",
-    "op_time_ms",
-)  # with a verdict
+TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
+         "op_time_ms")  # fmt: skip
 QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
 CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
 BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential"}
 MATCHES = {"backend": "across_backends", "family": "across_families",
            "linear_scan": "across_scans"}  # fmt: skip
+KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
+OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
               "layers", "program", "device_kind", "engine_build"]  # fmt: skip
@@ -119,7 +115,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = processes(frame)
     settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
                 "linear_scan", "op", "work_phase", "seq_len", "batch_size", "prompt_len",
-                "num_new_tokens", "num_steps", "data", "unit", "field", "across_backends",
+                "num_new_tokens", "num_steps", "data", "model", "unit", "field", "across_backends",
                 "across_families", "num_params", "num_params_non_embedding"]  # fmt: skip
     key = ["cell_id", "metric", "at"]
     least = rows.groupby(key, dropna=False, sort=False)["value"].transform("min")
@@ -258,8 +254,8 @@ def comparisons(
     """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
 
     `by` is "backend", "family" or "linear_scan" (what it resolved to): the one setting in which
-    the two cells differ. A cell that has
-    no completed run, or no partner, keeps its row: its value is null and its outcome says why.
+    the two cells differ. A cell that has no completed run, or no partner, keeps its row: its value
+    is null and its outcome says why.
     """
     return _comparisons(frame, by, ours, baseline or BASELINE[by])
 
@@ -286,7 +282,10 @@ def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.D
             a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
             rounds = evidence.get((_id(left), _id(right), metric, at))
             found = _compare(rounds, a, b, METRICS[metric].better)
-            made.append(_pair_row(left, right, a, b, metric, at, found))
+            row = _pair_row(left, right, a, b, metric, at, found)
+            if by == "backend" and left and right and left["variant"] != right["variant"]:
+                row["variant"] = f"{left['variant']} beside {right['variant']}"
+            made.append(row)
     found = pd.DataFrame(made, columns=_PAIR_COLUMNS)
     return found.astype({name: "float64" for name in _PAIR_NUMBERS})
 
@@ -296,7 +295,7 @@ _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op",
              "variant")  # fmt: skip
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
-         "num_outliers")  # fmt: skip
+         "num_outliers", "linear_scan")  # fmt: skip
 _PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
                  *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
                  "speedup", "speedup_low", "speedup_high", "difference", "num_paired_rounds",
@@ -392,10 +391,8 @@ def _compare(
 def _pairs(
     frame: pd.DataFrame, by: str, ours: str, baseline: str
 ) -> list[tuple[dict | None, dict | None]]:
-    """Cells of `ours` beside cells of `baseline` that differ in nothing else.
-
-    Kernel names differ between backends: where both asked for the same, only those are paired.
-    """
+    """Cells of `ours` beside cells of `baseline` that differ in nothing else; a cell without a
+    partner stands alone."""
     match = MATCHES[by]
     groups: dict[str, list[dict]] = {}
     for cell in outcomes(frame).to_dict("records"):
@@ -405,12 +402,38 @@ def _pairs(
     for group in groups.values():
         lefts = [cell for cell in group if cell[by] == ours]
         rights = [cell for cell in group if cell[by] == baseline]
+        taken = set()
         for left in lefts:
-            partners = [r for r in rights if r["kernels"] == left["kernels"]] or rights
+            partners = _of_its_kernels(left, rights) if by == "backend" else rights
+            taken |= {right["cell_id"] for right in partners}
             made += [(left, right) for right in partners] or [(left, None)]
-        if not lefts:
-            made += [(None, right) for right in rights]
+        made += [(None, right) for right in rights if right["cell_id"] not in taken]
     return made
+
+
+def _of_its_kernels(cell: dict, others: list[dict]) -> list[dict]:
+    """The cells of another backend that asked for the same kernels, else those that ran kernels of
+    the same name or, as this one, their backend's own. Unsupported cells are paired by equal
+    kernels alone, and only where nothing else is."""
+    equal = [other for other in others if other["kernels"] == cell["kernels"]]
+    if cell["outcome"] == "unsupported":
+        return equal
+    can_run = [other for other in others if other["outcome"] != "unsupported"]
+    return (
+        [other for other in can_run if other["kernels"] == cell["kernels"]]
+        or [other for other in can_run if _go_together(cell, other)]
+        or equal
+    )
+
+
+def _go_together(cell: dict, other: dict) -> bool:
+    for name in KERNELS:
+        asked = [json.loads(c["kernels"]).get(name, "auto") for c in (cell, other)]
+        ran = [c[name] if a == "auto" else a for a, c in zip(asked, (cell, other), strict=True)]
+        are_own = all(a == "auto" or a.startswith(OUR_KERNELS) for a in asked)
+        if not are_own and ran[0] != ran[1]:
+            return False
+    return True
 
 
 @_remembered
@@ -432,15 +455,19 @@ def outcomes(frame: pd.DataFrame) -> pd.DataFrame:
     # Where rounds ended differently, one that did not complete names the outcome.
     ended = rows.sort_values("outcome", key=lambda c: c == "completed", kind="stable")
     made["outcome"] = ended.groupby("cell_id")["outcome"].first()
-    made["variant"] = _variants(made)
+    made["variant"] = variants(made, "model", "kernels")
+    # A run that never came to its engine resolved nothing: what it asked for names its kernel.
+    asked = made["kernels"].map(lambda text: json.loads(text).get("linear_scan", "auto"))
+    made["linear_scan"] = made["linear_scan"].fillna(asked.where(asked != "auto"))
     return made.reset_index()
 
 
-def _variants(cells: pd.DataFrame) -> list[str]:
-    """What sets a cell apart from others of its suite, family and size: "lambda_init=code"."""
+def variants(cells: pd.DataFrame, *columns: str) -> list[str]:
+    """What sets a cell apart from others of its suite, family and size, of the settings in these
+    columns: "lambda_init=code"."""
     settings = [
-        {**json.loads(model), **json.loads(kernels)}
-        for model, kernels in zip(cells["model"], cells["kernels"], strict=True)
+        {name: value for text in texts for name, value in json.loads(text).items()}
+        for texts in zip(*(cells[column] for column in columns), strict=True)
     ]
     keys = list(zip(cells["suite"], cells["family"], cells["size"], strict=True))
     seen: dict[tuple, dict[str, set[str]]] = {}

@@ -94,7 +94,8 @@ def comparison_tables(frame: pd.DataFrame, *, is_brief: bool = False) -> list[Ta
         pairs += [("family", family) for family in families]
     made = [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
     scans = frame[frame["suite"].isin(["kernel_speed", "parity"])]
-    variants = scans.loc[scans["suite"] == "kernel_speed", "linear_scan"].dropna().unique()
+    cells = derive.outcomes(scans)
+    variants = cells.loc[cells["suite"] == "kernel_speed", "linear_scan"].dropna().unique()
     if derive.BASELINE["linear_scan"] in variants:
         others = sorted(set(variants) - {derive.BASELINE["linear_scan"]})
         made += [
@@ -233,12 +234,16 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
 def _frameworks(found: pd.DataFrame) -> str:
     """How far the same model differs between JAX and PyTorch."""
     parts = []
-    for metric, what in (
-        ("step_time_ms", "training"),
-        ("tpot_ms", "decoding"),
-        ("op_time_ms", "the recurrence alone"),
-    ):
-        part = found[(found["metric"] == metric) & found["speedup"].notna()]
+    ratios = found[found["speedup"].notna()]
+    compared = [
+        ("training", ratios[ratios["metric"] == "step_time_ms"]),
+        ("decoding", ratios[ratios["metric"] == "tpot_ms"]),
+    ]
+    scans = ratios[ratios["metric"] == "op_time_ms"]
+    for names, part in scans.groupby(["linear_scan_ours", "linear_scan_baseline"]):
+        variants = " beside ".join(dict.fromkeys(names))
+        compared.append((f"the recurrence alone ({variants})", part))
+    for what, part in compared:
         if len(part):
             mark = "" if _verified(part) else f" [{derive.UNVERIFIED}]"
             verdicts = part["verdict"].value_counts()

@@ -10,8 +10,8 @@ from analysis import derive, matching, statistics, style
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
-SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20,
-          "op_bytes": 2.0**20}  # METRICS labels say GiB, MiB  # fmt: skip
+# the labels in METRICS say GiB, MiB
+SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20, "op_bytes": 2.0**20}
 SCAN_CLAIM = (
     "For comparison, not measured here: in arXiv:2402.19427, figure 8(a), the Pallas kernel is 2.3 "
     "to 2.8 times faster than JAX's sequential scan, forward in bfloat16 on a TPU-v3."
@@ -228,15 +228,18 @@ def bounds(frame: pd.DataFrame) -> Table:
     """What moving an op's bytes takes on devices that nobody has asked: by their data sheets."""
     rows = frame[frame["metric"].isin(["bound_ms", "op_bytes"])]
     rows = rows.assign(of=rows["field"].where(rows["metric"] == "bound_ms", "op_bytes"))
-    key = ["size", "dtype", "op", "work_phase", "batch_size", "seq_len"]
+    key = ["suite", "family", "size", "model", "dtype", "op", "work_phase", "batch_size",
+           "seq_len"]  # fmt: skip
     found = rows.groupby([*key, "of"], sort=False)["value"].first().unstack("of")
     found = found.sort_index().reset_index()
     devices = sorted(set(found) - {*key, "op_bytes"})
-    header = ["size", "dtype", "workload", METRICS["op_bytes"].label,
+    found["variant"] = derive.variants(found, "model")
+    shown = [name for name in ("family", "variant") if found[name].nunique() > 1]
+    header = [*shown, "size", "dtype", "workload", METRICS["op_bytes"].label,
               *(f"bound, {name} (ms)" for name in devices)]  # fmt: skip
     texts = [
         [
-            *(row[name] for name in ("size", "dtype")),
+            *(_text(row[name]) for name in (*shown, "size", "dtype")),
             workload(row),
             number(row["op_bytes"], "op_bytes"),
             *(number(row[name]) for name in devices),

@@ -135,7 +135,7 @@ def compare(
     with one_line():
         if by not in derive.BASELINE:
             raise ValueError(_unknown("--by", by, list(derive.BASELINE)))
-        known = sorted(set(frame[by].dropna()))
+        known = sorted(set(derive.outcomes(frame)[by].dropna()))
         baseline = baseline or derive.BASELINE[by]
         for option, value in (("--ours", ours), ("--baseline", baseline)):
             if value is not None and value not in known:
