@@ -70,11 +70,15 @@ def kernel_speed(frame: pd.DataFrame) -> Figure | None:
     rows = rows[rows["linear_scan"].notna()]
     if rows.empty:
         return None
-    # of several sizes, dtypes or devices those of most cells; the others are in the tables
-    places = [*PANEL, "family", "batch_size"]
+    # of several models, dtypes or devices those of most cells; the others are in the tables
+    rows = rows.assign(model=derive.variants(rows, "model"))
+    places = [*PANEL, "family", "model", "batch_size"]
     most = rows.groupby(places, sort=False).size().idxmax()
     left_out = len(rows)
     rows = rows[(rows[places] == list(most)).all(axis=1)]
+    # and one of those that ran the same scan: auto beside its name, other attention
+    same = ["op", "work_phase", "linear_scan", "backend", "seq_len"]
+    rows = rows.sort_values("variant", kind="stable").drop_duplicates(same)
     left_out -= len(rows)
     panels = list(rows.groupby(["op", "work_phase"], sort=True))
     figure = Figure(figsize=(max(7.2, 3.4 * len(panels)), 4.2), layout="constrained")
@@ -93,7 +97,8 @@ def kernel_speed(frame: pd.DataFrame) -> Figure | None:
         _log_lengths(axes, part["seq_len"].to_numpy(dtype=float))
     grid[0].set_ylabel(METRICS["op_time_ms"].label)
     _legend(figure, grid[0])
-    notes = [f"size {most[0]}, {most[1]}, {most[2]}, batch {most[-1]}."]
+    model = f" ({most[-2]})" if most[-2] else ""
+    notes = [f"size {most[0]}{model}, {most[1]}, {most[2]}, batch {most[-1]}."]
     if left_out:
         notes.append(f"{left_out} further times are in the tables alone.")
     _note(figure, notes, rows)

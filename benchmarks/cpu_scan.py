@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from analysis import derive
 from analysis.load import load
 from suites.harness.record import PASSES
@@ -47,9 +49,14 @@ def main() -> int:
             f"| {1 / row['speedup']:.2f} "
             f"| {'green' if marks == {derive.GREEN} else derive.UNVERIFIED} |"
         )
-    worst = float((1 / found["speedup"]).max())
+    worst = worst_ratio(found)
     print(f"\nThe largest ratio is {worst:.2f}; the goal is {LIMIT} at most.")
     return int(not worst <= LIMIT)
+
+
+def worst_ratio(found: pd.DataFrame) -> float:
+    """JAX's time over PyTorch's; nan, which is within no limit, where a pair has none."""
+    return float((1 / found["speedup"]).max(skipna=False))
 
 
 if __name__ == "__main__":

@@ -102,11 +102,13 @@ def report(
 
 @app.command()
 def compare(
-    by: Annotated[str, typer.Option("--by", help="backend or family.")] = "backend",
+    by: Annotated[str, typer.Option("--by", help="backend, family or linear_scan.")] = "backend",
     ours: Annotated[
-        str | None, typer.Option("--ours", help="Default: jax; every family but the baseline.")
+        str | None, typer.Option("--ours", help="Default: all but the baseline.")
     ] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Default: torch; mqa.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Default: torch, mqa or sequential.")
+    ] = None,
     results: Results = RAW,
     as_json: Json = False,
 ) -> None:

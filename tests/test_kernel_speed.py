@@ -3,17 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import BACKENDS, tiny
 from synthetic_records import record, sample
 from test_suites import FakeEngine, run_of, samples_of, values_of
+from typer.main import get_command
 
 from analysis import derive, figures, report, tables
 from analysis.load import frame_of
+from benchmarks import cpu_scan
 from implementations import cost, reference
 from implementations.engine import TIMED_OPS, Kernels, Unsupported, load_engine
 from implementations.mixers import rg_lru
 from suites import compose, kernel_speed
+from suites.__main__ import app
 from suites.harness import measure, plan
 from suites.harness.run import Run, Workload
 
@@ -205,7 +209,7 @@ def test_the_report_shows_them_unverified_beside_bounds(frame, tmp_path):
     assert "associative beside sequential" in text
     assert "rg_lru, forward + backward, seq_len 2,048, batch 8" in text
     assert derive.UNVERIFIED in text
-    assert "the recurrence alone JAX is 2.00x as fast as PyTorch" in text
+    assert "the recurrence alone (analytic) JAX is 2.00x as fast as PyTorch" in text
     assert tables.SCAN_CLAIM in text
     assert "Bounds, not measurements" in text
     assert (page.parent / "figures" / "kernel_speed.png").exists()
@@ -256,3 +260,130 @@ def test_the_experiment_has_the_shapes_of_the_figure():
     assert {run.workload.batch_size for run in runs} == {8}
     assert {run.workload.seq_len for run in runs} == {2**n for n in range(10, 15)}
     assert {run.kernels.linear_scan for run in runs} == {"sequential", "associative", "analytic"}
+
+
+def cell(backend, asked, ms=1.0, *, ran=None, outcome="completed", seq_len=1024, **rest):
+    """One run of one cell; a run that did not complete never came to its engine."""
+    is_done = outcome == "completed"
+    ran = {"linear_scan": ran or asked, "attention": "plain"} if is_done else None
+    samples = (sample("op_bytes", 2.0**20 * ms), sample("op_time_ms", ms, repeat=0))
+    one = record(
+        "kernel_speed",
+        "hawk",
+        backend,
+        op="rg_lru",
+        seq_len=seq_len,
+        outcome=outcome,
+        samples=samples if is_done else (),
+        provenance={"resolved_kernels": ran},
+        **rest,
+    )
+    kernels = {"linear_scan": asked, "attention": "auto"}
+    ids = {n: f"{getattr(one, n)} {kernels}" for n in ("run_id", "cell_id", "attempt")}
+    return replace(one, **ids, run=one.run | {"kernels": kernels})
+
+
+def sides(frame, *args, **kwargs):
+    found = derive.comparisons(frame, *args, **kwargs)
+    names = ["linear_scan_ours", "outcome_ours", "linear_scan_baseline", "outcome_baseline"]
+    return [
+        tuple(None if pd.isna(row[name]) else row[name] for name in names)
+        for row in found[found["metric"] == "op_time_ms"].to_dict("records")
+    ]
+
+
+@pytest.mark.parametrize("end", ["completed", "out_of_memory"])
+def test_a_scan_that_never_ran_keeps_its_row(end):
+    frame = frame_of([cell("torch", "sequential", outcome=end),
+                      cell("torch", "associative", outcome="out_of_memory")])  # fmt: skip
+    assert sides(frame, "linear_scan", "associative") == [
+        ("associative", "out_of_memory", "sequential", end)
+    ]
+    names = [table.name for table in report.comparison_tables(frame)]
+    assert "linear_scan_associative_sequential" in names
+
+
+def test_kernels_of_our_own_are_paired_across_backends():
+    unsupported = {"outcome": "unsupported"}
+    frame = frame_of(
+        [
+            *(cell(backend, "sequential") for backend in BACKENDS),
+            cell("jax", "pallas_gpu", 2.0),
+            cell("torch", "triton", 3.0),
+            cell("jax", "triton", **unsupported),
+            cell("torch", "pallas_gpu", **unsupported),
+            cell("jax", "associative"),
+        ]
+    )
+    assert set(sides(frame)) == {
+        ("sequential", "completed", "sequential", "completed"),
+        ("pallas_gpu", "completed", "triton", "completed"),
+        ("triton", "unsupported", "triton", "completed"),
+        (None, None, "pallas_gpu", "unsupported"),
+        ("associative", "completed", None, None),
+    }
+    found = derive.comparisons(frame)
+    found = found[found["linear_scan_ours"].eq("pallas_gpu") & found["speedup"].notna()]
+    (row,) = found.to_dict("records")
+    assert row["speedup"] == pytest.approx(1.5)
+    assert row["variant"] == "linear_scan=pallas_gpu beside linear_scan=triton"
+
+
+def test_auto_is_a_backends_own():
+    frame = frame_of([cell("jax", "auto", ran="pallas_gpu"), cell("torch", "triton"),
+                      cell("torch", "sequential")])  # fmt: skip
+    assert sides(frame) == [
+        ("pallas_gpu", "completed", "triton", "completed"),
+        (None, None, "sequential", "completed"),
+    ]
+
+
+def test_models_of_one_size_have_bounds_of_their_own():
+    models = [{"d_rnn": 64}, {"d_rnn": 128}]
+    frame = frame_of([cell("jax", "auto", n + 1, ran="analytic", model=model)
+                      for n, model in enumerate(models)])  # fmt: skip
+    table = tables.bounds(frame)
+    place = table.header.index("variant")
+    assert {(row[place], row[-1]) for row in table.rows} == {("d_rnn=64", "1"), ("d_rnn=128", "2")}
+    assert "variant" not in tables.bounds(frame[frame["model"] == frame["model"][0]]).header
+
+
+def test_a_line_of_the_figure_has_one_cell_a_length():
+    small, large = {"d_rnn": 64}, {"d_rnn": 128}
+    frame = frame_of(
+        [
+            one
+            for n in (1024, 2048)
+            for one in (
+                cell("jax", "auto", 1, ran="analytic", seq_len=n, model=small),
+                cell("jax", "analytic", 2, seq_len=n, model=small),
+                cell("jax", "analytic", 4, seq_len=n, model=large),
+            )
+        ]
+    )
+    figure = figures.kernel_speed(frame)
+    (line,) = (line for line in figure.axes[0].get_lines() if "analytic" in str(line.get_label()))
+    assert list(line.get_xdata()) == [1024, 2048]
+    assert list(line.get_ydata()) == [2, 2]
+    assert "size tiny (d_rnn=64)" in figure.get_supxlabel()
+    assert "4 further times" in figure.get_supxlabel()
+
+
+def test_the_answer_mixes_no_variants():
+    made = [cell("jax", "sequential", 1), cell("torch", "sequential", 9),
+            cell("jax", "pallas_gpu", 1), cell("torch", "triton", 2)]  # fmt: skip
+    _, frameworks = report.answer(frame_of(made))
+    for name, ratio in (("sequential", "9.00x"), ("pallas_gpu beside triton", "2.00x")):
+        words = f"the recurrence alone ({name}) JAX is {ratio} as fast as PyTorch over 1 matched"
+        assert words in frameworks
+
+
+def test_a_missing_ratio_is_within_no_limit():
+    assert cpu_scan.worst_ratio(pd.DataFrame({"speedup": [2.0, 0.5]})) == 2.0
+    assert not cpu_scan.worst_ratio(pd.DataFrame({"speedup": [2.0, None]})) <= cpu_scan.LIMIT
+
+
+def test_compare_says_what_it_compares_by():
+    options = {option.name: option.help for option in get_command(app).commands["compare"].params}
+    assert all(name in options["by"] for name in derive.BASELINE)
+    assert all(name in options["baseline"] for name in derive.BASELINE.values())
