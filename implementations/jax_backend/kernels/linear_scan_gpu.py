@@ -24,6 +24,7 @@ from implementations.jax_backend.kernels import interpreter
 
 BLOCK_R = 64  # a row of bfloat16 is a line of 128 bytes
 ROWS = 16  # forward: 4 KiB of bfloat16 under way a program
+INTERPRETED_ROWS = 3
 MAX_ELEMENTS = 2**31
 BACKWARD_ROWS = 8  # it holds more for each row
 PARAMS = pltriton.CompilerParams(num_warps=2, num_stages=1)  # a channel a thread
@@ -163,6 +164,8 @@ class Lane:
     ) -> Array | tuple:
         """rows(steps, carry) -> carry for all steps in order, num_rows at once; in the last call
         some may lie beyond the end (reversed: before the start)."""
+        if interpreter.mode():  # it compiles every row for a CPU
+            num_rows = INTERPRETED_ROWS
 
         def tile(i: Array, carry: Array | tuple) -> Array | tuple:
             steps = [i * num_rows + row for row in range(num_rows)]

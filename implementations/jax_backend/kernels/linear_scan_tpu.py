@@ -234,15 +234,16 @@ class Tile:
             x_buffer[:, rows(i), :] = a * h + x
             return a * h + x
 
+        unroll = 1 if interpreter.mode() else UNROLL  # it compiles every turn for a CPU
         zero = jnp.zeros((self.block_r // LANES, SEGMENTS, LANES), jnp.float32)
-        product, total = jax.lax.fori_loop(0, LENGTH, ends, (zero + 1, zero), unroll=UNROLL)
+        product, total = jax.lax.fori_loop(0, LENGTH, ends, (zero + 1, zero), unroll=unroll)
         groups = range(self.block_r // LANES)
         state = jnp.stack([carry_ref[:, lanes(c)] for c in groups])
         firsts = [state] * SEGMENTS
         for s in reversed(range(SEGMENTS)) if self.reverse else range(SEGMENTS):
             firsts[s] = state
             state = product[:, s : s + 1] * state + total[:, s : s + 1]
-        jax.lax.fori_loop(0, LENGTH, states, jnp.concatenate(firsts, axis=1), unroll=UNROLL)
+        jax.lax.fori_loop(0, LENGTH, states, jnp.concatenate(firsts, axis=1), unroll=unroll)
         for c in groups:
             carry_ref[:, lanes(c)] = state[c]
 
