@@ -22,8 +22,7 @@ ITEMSIZE = cost.ITEMSIZE
 
 # Bytes an element of bfloat16, forward and backward, and the axes whose product counts elements.
 BYTES = {
-    "rg_lru": (8, 16, "BTR"),
-    "linear_scan": (6, 10, "BTR"),
+    **{op: (*(2 * n for n in arrays), "BTR") for op, arrays in cost.SCAN_ARRAYS.items()},
     "causal_conv": (4, 6, "BTR"),
     "rms_norm": (4, 6, "BTD"),
     "add_rms_norm": (8, 8, "BTD"),
