@@ -1,5 +1,5 @@
-"""What several tests share: the tiny model of every family, JAX kept on the CPU, and the worker
-that interprets kernels."""
+"""What several tests share: the tiny model of every family, JAX kept on the CPU, the worker that
+interprets kernels, and a real Slurm (started when the first test asks for it)."""
 
 import os
 
@@ -10,6 +10,11 @@ from dataclasses import replace
 
 import pytest
 from interpreted import interpreted  # noqa: F401, a fixture
+from slurm_cluster import (  # noqa: F401, fixtures
+    _tidy_slurm,
+    slurm,
+    slurm_without_accounting,
+)
 
 from implementations.config import ModelConfig
 
