@@ -138,6 +138,11 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
             return None
         if get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(get_args(option)[0], item, key, where) for item in value)
+        if get_origin(option) is dict and isinstance(value, dict):
+            kind = get_args(option)[1]
+            return {str(k): _typed(kind, v, f"{key}.{k}", where) for k, v in value.items()}
+        if option is Any:
+            return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise ValueError(f"{where}: {key}={value}; must be a finite number.")

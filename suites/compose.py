@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from implementations.config import build, choose
-from suites.harness.executors import Cluster
+from suites.harness.cluster import Cluster
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODEL_GROUPS = ("settings", "size", "family")  # together they make a model; later ones win

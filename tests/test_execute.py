@@ -15,8 +15,9 @@ from stub_suite import stub_path, stub_run
 
 from implementations import engine as engines
 from suites.harness import claims, executors, plan
+from suites.harness.cluster import Cluster
 from suites.harness.execute import verdict
-from suites.harness.executors import Cluster, Ended
+from suites.harness.executors import Ended
 from suites.harness.record import read_all
 from suites.harness.sweep import sweep
 
@@ -40,7 +41,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from stub_suite import stub_run
 from suites.harness import plan
-from suites.harness.executors import Cluster
+from suites.harness.cluster import Cluster
 from suites.harness.sweep import sweep
 runs = [stub_run({what!r}, seed=seed) for seed in range({count})]
 planned = plan.plan(Path({store!r}), runs)
@@ -73,7 +74,7 @@ def go(store, runs, *, run_limit_s=30.0, parallelism=1, **options):
     planned = plan.plan(store, runs)
     todo = [item for item in planned if item.is_pending]
     cluster = Cluster(
-        name="here", executor="local", parallelism=parallelism, run_limit_s=run_limit_s
+        name="here", executor="local", runs_in_parallel=parallelism, run_limit_s=run_limit_s
     )
     return sweep(store, todo, cluster, **options)
 

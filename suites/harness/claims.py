@@ -1,16 +1,18 @@
 """Who measures a run: a folder made by one atomic rename, its owner named inside.
 
-Claims of processes that died are taken over; a claim is never waited for.
+Claims of processes that died are taken over; a claim is never waited for. Whether another job of
+Slurm lives is known to Slurm alone: reconcile.py gives back what such a job has left behind.
 """
 
 import contextlib
 import json
 import os
 import shutil
-import socket
 import uuid
 from pathlib import Path
 from typing import Any
+
+from suites.harness import provenance
 
 
 def claim(store: Path, run_id: str) -> bool:
@@ -20,7 +22,7 @@ def claim(store: Path, run_id: str) -> bool:
     place = folder / run_id
     ready = folder / f".new-{uuid.uuid4().hex}"
     ready.mkdir()
-    (ready / "owner.json").write_text(json.dumps(_ourselves()), encoding="utf-8")
+    (ready / "owner.json").write_text(json.dumps(ourselves()), encoding="utf-8")
     for _ in range(2):
         try:
             ready.rename(place)  # fails where the place is a folder with an owner in it
@@ -50,9 +52,13 @@ def owner(store: Path, run_id: str) -> dict[str, Any] | None:
 
 
 def is_alive(found: dict[str, Any]) -> bool:
-    """Whether the owner still runs. Of another host nothing is known: it counts as alive."""
-    if found["host"] != socket.gethostname():
-        return True
+    """Whether the owner still runs. Of another host and of another job nothing is known: it counts
+    as alive. An earlier start of our own job is over."""
+    job = provenance.job_id()
+    if found.get("job") != job or found["host"] != provenance.node():
+        return not (job and found.get("job") == job and is_earlier(found))
+    if job and is_earlier(found):
+        return False
     return started(found["pid"]) == found["started"]
 
 
@@ -77,9 +83,16 @@ def _without_proc(pid: int) -> str | None:
     return "alive"
 
 
-def _ourselves() -> dict[str, Any]:
+def is_earlier(found: dict[str, Any]) -> bool:
+    """Whether the owner is of our job, and of a start before this one."""
+    return found.get("job") == provenance.job_id() and found["restart"] < provenance.num_restarts()
+
+
+def ourselves() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(),
+        "host": provenance.node(),
+        "job": provenance.job_id(),
+        "restart": provenance.num_restarts(),
         "pid": os.getpid(),
         "started": started(os.getpid()),
         "token": uuid.uuid4().hex,

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import time
 import traceback
 import uuid
@@ -49,6 +48,7 @@ class Task:
     build: str
     attempt: str
     parent_pid: int
+    owner: dict[str, Any] = field(default_factory=dict)  # of the claim: who started it
     costs: dict[str, Any] = field(default_factory=dict)
     block: str | None = None
     order: int | None = None
@@ -78,7 +78,7 @@ class Task:
 def new_attempt() -> str:
     """Sorts by time; unique over hosts and processes."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    return f"{now}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return f"{now}-{provenance.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def utc_now() -> str:

@@ -1,4 +1,4 @@
-"""Where runs are started: one small protocol, and the executor of this machine.
+"""Where runs are started on a machine: one small protocol, and the executor of this machine.
 
 A task is a file; an executor starts `python -m suites.harness.child <store> <task>` for it in an
 environment that is set before the child begins, and says how it ended. It never reads records.
@@ -17,30 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from implementations.config import choose
 from implementations.engine import CPU
 from suites.harness import provenance, topology
 from suites.harness.run import Run
 
-EXECUTORS = ("local",)
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A place that runs: which executor, how many runs at once, how long each may take."""
-
-    name: str
-    executor: str
-    parallelism: int = 1  # above 1, runs share the machine: timings disturb each other
-    run_limit_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        choose("executor", self.executor, EXECUTORS, f"cluster {self.name!r}")
-        if self.parallelism < 1:
-            raise ValueError(f"cluster: parallelism={self.parallelism}; must be at least 1.")
-        if not self.run_limit_s > 0:
-            raise ValueError(f"cluster: run_limit_s={self.run_limit_s}; must be positive.")
 
 
 @dataclass(frozen=True)
@@ -56,13 +37,17 @@ class Ended:
 class Executor(Protocol):
     """Carries tasks to where they run. Handles are strings and stay valid until polled as ended."""
 
-    def submit(self, task: Path) -> str: ...
+    def submit(self, task: Path, slot: int = 0) -> str:
+        """Starts the task on the share of the machine that has this number."""
 
     def poll(self, handle: str) -> Ended | None:
         """None while it waits or runs."""
 
     def wait(self, seconds: float) -> None:
         """Returns when some task may have ended, or after the time given."""
+
+    def stop(self, handle: str) -> None:
+        """Asks the task to end soon, and to leave what it needs to go on later."""
 
     def cancel(self, handle: str) -> None:
         """Stops the task and all it started; returns when it is gone."""
@@ -74,7 +59,6 @@ class Executor(Protocol):
 @dataclass
 class _Child:
     process: subprocess.Popen
-    slot: int
     pidfd: int | None
     kills_before: int | None
     dumps: tempfile.TemporaryDirectory | None = None
@@ -87,20 +71,21 @@ class Local:
     """Runs tasks on this machine, each in a fresh process on its own share of the cores."""
 
     store: Path
-    parallelism: int = 1
+    num_slots: int = 1
+    python: dict[str, str] = field(default_factory=dict)  # backend -> interpreter
     _children: dict[str, _Child] = field(default_factory=dict)
     _logs: dict[str, Path] = field(default_factory=dict)
 
-    def submit(self, task: Path) -> str:
-        slot = min(set(range(self.parallelism)) - {c.slot for c in self._children.values()})
+    def submit(self, task: Path, slot: int = 0) -> str:
         cores = provenance.cores()
-        share = max(len(cores) // self.parallelism, 1)
+        share = max(len(cores) // self.num_slots, 1)
         mine = [cores[(slot * share + i) % len(cores)] for i in range(share)]
         log = task.with_name(task.name.removeprefix(".task-")).with_suffix(".log")
         run, dumps = _run_of(task), None
         if run.workload.topology and run.workload.phase == "kernel":
             dumps = tempfile.TemporaryDirectory(prefix="aerie-dumps-")
-        command = [sys.executable, "-m", "suites.harness.child", str(self.store), str(task)]
+        python = self.python.get(run.backend, sys.executable)
+        command = [python, "-m", "suites.harness.child", str(self.store), str(task)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -113,7 +98,7 @@ class Local:
             )
         handle = str(process.pid)
         kills = provenance.num_out_of_memory_kills()
-        self._children[handle] = _Child(process, slot, _pidfd(process.pid), kills, dumps)
+        self._children[handle] = _Child(process, _pidfd(process.pid), kills, dumps)
         self._logs[handle] = log
         return handle
 
@@ -137,6 +122,11 @@ class Local:
             time.sleep(min(seconds, 0.05))
             return
         select.select(pidfds, [], [], seconds)
+
+    def stop(self, handle: str) -> None:
+        if child := self._children.get(handle):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.process.pid, signal.SIGUSR2)
 
     def cancel(self, handle: str) -> None:
         if (child := self._children.get(handle)) is None:  # it has ended

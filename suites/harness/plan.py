@@ -38,6 +38,16 @@ class Planned:
     costs: dict[str, Any]
     block: str | None
     order: int | None
+    attempts: tuple[str, ...] = ()  # that the store had when this was planned
+
+    def stored(self) -> dict[str, Any]:
+        """All of it, for from_stored."""
+        return vars(self) | {"run": self.run.to_json()}
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> "Planned":
+        attempts = tuple(values["attempts"])
+        return cls(**(values | {"run": Run.from_json(values["run"]), "attempts": attempts}))
 
     def to_json(self) -> dict[str, Any]:
         run = self.run

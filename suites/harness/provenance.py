@@ -5,6 +5,7 @@ Nothing here imports a framework: versions come from package metadata, the machi
 
 import ast
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ import numpy as np
 from implementations.engine import CPU, ENGINES, TPUS
 
 ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT = "snapshot.json"  # in the root of a copy of the code: the commit it was taken at
 PACKAGES = ("numpy", "jax", "jaxlib", "libtpu", "optax", "torch", "triton", "transformers", "aerie")
 LIBRARIES = {
     "jax": ("numpy", "jax", "jaxlib", "optax"),
@@ -86,13 +88,30 @@ def closure(found: set[str]) -> set[str]:
 def machine() -> dict[str, Any]:
     """What this machine has, without asking a framework."""
     return {
-        "host": socket.gethostname(),
+        "host": node(),
+        "job": job_id(),
         "cpu_model": cpu_model(),
         "num_cores": num_cores(),
         "memory_bytes": memory_bytes(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def node() -> str:
+    """The name of this machine: Slurm's own where it started us, as several may share a host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def job_id() -> str | None:
+    """Slurm's name of the job that we are in, 123_4 in an array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}") for part in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def num_restarts() -> int:
+    """How often Slurm has started our job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 @cache
@@ -156,7 +175,10 @@ def num_out_of_memory_kills() -> int | None:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of this checkout, with +dirty when files differ; None outside of git."""
+    """The commit of this checkout, with +dirty when files differ; None outside of git. A copy of
+    the code (snapshot.py) has that of the checkout it was taken from."""
+    if (ROOT / SNAPSHOT).exists():
+        return json.loads((ROOT / SNAPSHOT).read_text(encoding="utf-8"))["git_commit"]
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
     commit = _git("rev-parse", "HEAD")

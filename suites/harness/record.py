@@ -132,26 +132,39 @@ def record_path(store: Path, run_id: str, attempt: str) -> Path:
     return store / "runs" / run_id / f"{attempt}.json"
 
 
-def write(store: Path, record: Record) -> Path:
+def write(store: Path, record: Record, *, may_replace: bool = True) -> Path:
     path = record_path(store, record.run_id, record.attempt)
-    write_atomically(path, json.dumps(record.to_json(), indent=1, allow_nan=False))
+    text = json.dumps(record.to_json(), indent=1, allow_nan=False)
+    write_atomically(path, text, may_replace=may_replace)
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text, or nothing: temporary name, fsync, rename, fsync of the folder."""
+def write_atomically(path: Path, text: str, *, may_replace: bool = True) -> None:
+    """The whole text, or nothing: temporary name, fsync, rename, fsync of the folder. What may not
+    be replaced raises FileExistsError where it is there already, whoever wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    if not may_replace:
+        try:
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
+    else:
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def read_all(store: Path) -> Iterator[Record]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from suites.harness import claims, plan
+from suites.harness.cluster import Cluster
 from suites.harness.execute import (
     Task,
     last_phase,
@@ -20,12 +21,14 @@ from suites.harness.execute import (
     utc_now,
     verdict,
 )
-from suites.harness.executors import Cluster, Executor, Local
+from suites.harness.executors import Ended, Executor, Local
 from suites.harness.plan import Planned
 from suites.harness.record import Record, record_path, write, write_atomically
 from suites.harness.run import Run
 
 POLL_S = 0.25  # between looks at a child's memory; its end is noticed at once
+SIGNALS_OF_SLURM = (signal.SIGUSR2, signal.SIGTERM)  # it sends them to all processes of a job
+NEWS_S = 2.0  # between a signal's effect on a child and the moment that we have it too
 
 
 @dataclass
@@ -38,13 +41,32 @@ class Result:
     is_interrupted: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Why all runs must end now: their outcome where they leave none, and the time they have."""
+
+    outcome: str
+    reason: str
+    grace_s: float
+
+
 @dataclass
 class _Running:
     planned: Planned
     task: Task
     path: Path
+    slot: int
     started_at: str
     start: float
+    suspect: tuple[Ended, float] | None = None  # ended by a signal that may be for all of us
+
+
+def units(todo: list[Planned]) -> list[list[Planned]]:
+    """What one device measures in one piece: a block of timing runs, or one other run."""
+    found: dict[str, list[Planned]] = {}
+    for item in todo:
+        found.setdefault(item.block or item.run.run_id, []).append(item)
+    return list(found.values())
 
 
 def sweep(
@@ -57,12 +79,17 @@ def sweep(
     executor: Executor | None = None,
     verify_frontier: bool = False,
     proven: list[Run] | None = None,
+    watch: Callable[[], Stop | None] | None = None,
 ) -> Result:
-    """Runs every planned run of `todo`, in its order. `proven` ran out of memory before."""
-    executor = executor or Local(store, cluster.parallelism)
+    """Runs every planned run of `todo`, in its order, units side by side where the cluster runs
+    several at once. `proven` ran out of memory before. `watch` is called at every look, a few times
+    a second, and may stop all; without it Ctrl-C and SIGTERM do."""
+    executor = executor or Local(store, cluster.runs_in_parallel, dict(cluster.python))
     proven = list(proven or ())
     session = os.urandom(3).hex()  # rounds are paired within one sweep
-    waiting, running, result = deque(todo), {}, Result()
+    waiting, running, result = deque(units(todo)), {}, Result()
+    slots: list[deque[Planned]] = [deque() for _ in range(cluster.runs_in_parallel)]
+    stop: Stop | None = None
 
     def end(handle: str, record: Record) -> None:
         job = running.pop(handle)
@@ -79,44 +106,80 @@ def sweep(
             proven.remove(planned.run)
         on_end(planned, record)
 
-    with _terminable():
+    def start(planned: Planned, slot: int) -> None:
+        if not claims.claim(store, planned.run.run_id):
+            result.elsewhere.append(planned.run.run_id)
+            return
+        if outcome := _outcome_meanwhile(store, planned):
+            claims.release(store, planned.run.run_id)
+            result.outcomes[planned.run.run_id] = outcome
+            return
+        task = _task(planned, session)
+        smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
+        if smaller and not verify_frontier:
+            record = _predicted(task, smaller)
+            write(store, record)
+            claims.release(store, record.run_id)
+            _finish(planned, record)
+            return
+        on_start(planned)
+        job = _job(store, planned, task, slot)
         try:
-            while waiting or running:
-                while waiting and len(running) < cluster.parallelism:
-                    planned = waiting.popleft()
-                    if not claims.claim(store, planned.run.run_id):
-                        result.elsewhere.append(planned.run.run_id)
-                        continue
-                    if outcome := _outcome_meanwhile(store, planned):
-                        claims.release(store, planned.run.run_id)
-                        result.outcomes[planned.run.run_id] = outcome
-                        continue
-                    task = _task(planned, session)
-                    smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
-                    if smaller and not verify_frontier:
-                        record = _predicted(task, smaller)
-                        write(store, record)
-                        claims.release(store, record.run_id)
-                        _finish(planned, record)
-                        continue
-                    on_start(planned)
-                    job = _job(store, planned, task)
-                    running[executor.submit(job.path)] = job
-                    result.num_started += 1
+            running[executor.submit(job.path, slot)] = job
+        except OSError as error:  # an interpreter that is not there
+            record = _killed(store, job, "failed", f"cannot be started: {error}")
+            write(store, record)
+            running[""] = job
+            end("", record)
+            return
+        result.num_started += 1
+
+    def look() -> None:
+        for handle, job in list(running.items()):
+            if (record := _look(store, handle, job, executor, cluster)) is not None:
+                end(handle, record)
+
+    with _terminable() if watch is None else contextlib.nullcontext():
+        try:
+            while waiting or running or any(slots):
+                if watch is not None and (stop := watch()) is not None:
+                    break
+                for slot, unit in enumerate(slots):
+                    while slot not in {job.slot for job in running.values()}:
+                        if not unit and not waiting:
+                            break
+                        if not unit:
+                            unit.extend(waiting.popleft())
+                        start(unit.popleft(), slot)
                 executor.wait(POLL_S)
-                for handle, job in list(running.items()):
-                    if (record := _look(store, handle, job, executor, cluster)) is not None:
-                        end(handle, record)
+                look()
         except KeyboardInterrupt:
+            stop = Stop(outcome="cancelled", reason="interrupted", grace_s=0.0)
+        if stop is not None:
             result.is_interrupted = True
-            with _deaf():
+            with _deaf() if watch is None else contextlib.nullcontext():
+                _ask_to_stop(running, executor, stop, look)
                 for handle, job in list(running.items()):
                     executor.cancel(handle)
                     record = _read(store, job.task)
-                    record = record or _killed(store, job, "cancelled", "interrupted")
-                    write(store, record)
+                    if record is None:
+                        record = _killed(store, job, stop.outcome, stop.reason)
+                        write(store, record)
                     end(handle, record)
     return result
+
+
+def _ask_to_stop(
+    running: dict[str, _Running], executor: Executor, stop: Stop, look: Callable[[], None]
+) -> None:
+    """Lets what can go on later (no timing run can) leave a checkpoint, for as long as there is."""
+    resumable = {h for h, job in running.items() if job.planned.block is None and stop.grace_s > 0}
+    for handle in resumable:
+        executor.stop(handle)
+    deadline = time.perf_counter() + stop.grace_s
+    while resumable & running.keys() and time.perf_counter() < deadline:
+        executor.wait(POLL_S)
+        look()
 
 
 def _look(
@@ -124,8 +187,13 @@ def _look(
 ) -> Record | None:
     """The record of a job that has ended, written by its child or here; None while it runs."""
     seconds = time.perf_counter() - job.start
-    if (ended := executor.poll(handle)) is not None:
+    ended = job.suspect[0] if job.suspect else executor.poll(handle)
+    if ended is not None:
         record = _read(store, job.task)
+        if record is None and -ended.returncode in SIGNALS_OF_SLURM:
+            job.suspect = job.suspect or (ended, seconds + NEWS_S)
+            if seconds < job.suspect[1]:
+                return None
         if record is None:
             outcome, reason = verdict(ended, executor.logs(handle))
             if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
@@ -148,16 +216,17 @@ def _task(planned: Planned, session: str) -> Task:
         build=planned.build,
         attempt=new_attempt(),
         parent_pid=os.getpid(),
+        owner=claims.ourselves(),
         costs=planned.costs,
         block=f"{planned.block}-{session}" if planned.block else None,
         order=planned.order,
     )
 
 
-def _job(store: Path, planned: Planned, task: Task) -> _Running:
+def _job(store: Path, planned: Planned, task: Task, slot: int) -> _Running:
     path = record_path(store, task.run.run_id, f".task-{task.attempt}")
     write_atomically(path, json.dumps(task.to_json()))
-    return _Running(planned, task, path, utc_now(), time.perf_counter())
+    return _Running(planned, task, path, slot, utc_now(), time.perf_counter())
 
 
 def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
@@ -165,7 +234,9 @@ def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
     ends = [
         record["outcome"]
         for record in plan.attempts(store, planned.run.run_id)
-        if record["build"] == planned.build and plan.is_finished(record)
+        if record["build"] == planned.build
+        and plan.is_finished(record)
+        and record["attempt"] not in planned.attempts
     ]
     return next((end for end in reversed(ends) if end != "out_of_memory_predicted"), None)
 

@@ -33,8 +33,8 @@ def parity(
         runs = ladder.gate(overrides, gate_levels) if gate_levels or not levels else []
         runs += [run for level in levels if level in LONG for run in ladder.long(overrides, level)]
         cluster = compose.read(["suite=parity", *_of(overrides, "cluster")]).cluster
-        if not _of(overrides, "cluster.parallelism"):  # nothing is timed
-            cluster = replace(cluster, parallelism=len(provenance.cores()))
+        if not _of(overrides, "cluster.runs_in_parallel"):  # nothing is timed
+            cluster = replace(cluster, runs_in_parallel=len(provenance.cores()))
         planned = plan.plan(store, runs)
     request = compose.Request("parity", cluster, [], command="parity")
     result, planned = run_pending(request, planned, store, overrides, True, False)
