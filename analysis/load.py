@@ -19,7 +19,7 @@ import pandas as pd
 from suites.harness.record import Record, read_all
 
 INDEX = "index.parquet"
-FRAME_SCHEMA = 3  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 4  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -45,7 +45,7 @@ RECORD_COLUMNS = {
     "architecture": "str",
     # on what
     "linear_scan": "str", "attention": "str", "layers": "str", "program": "str",
-    "device_name": "str", "node": "str",
+    "device_name": "str", "build_device": "str", "node": "str", "job": "str",
     "cpu_model": "str", "num_cores": "int", "num_threads": "int", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
     "data_digest": "str", "init_digest": "str",
@@ -126,8 +126,9 @@ def _row(record: Record) -> dict[str, Any]:
     asked = {name: run[name] for name in ("suite", "backend", "dtype", "seed", "round")}
     found = {
         name: seen.get(name)
-        for name in ("device_name", "cpu_model", "num_cores", "num_threads", "memory_bytes",
-                     "platform", "python", "git_commit", "data_digest", "init_digest")
+        for name in ("device_name", "build_device", "job", "cpu_model", "num_cores",
+                     "num_threads", "memory_bytes", "platform", "python", "git_commit",
+                     "data_digest", "init_digest")
     }  # fmt: skip
     cost = {
         name: costs.get(name)

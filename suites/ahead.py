@@ -30,7 +30,7 @@ def compile_(overrides: list[str], store: Path, *, as_json: bool = False) -> int
         request = compose.read(overrides, bare=BARE)
         runs = [run for settings in request.settings for run in plan.expand(settings)]
         planned = plan.plan(store, runs)
-    request = compose.Request("compile", request.cluster, [], command="compile")
+    request = compose.Request("compile", request.clusters, [], command="compile")
     # all that is stale, and what others of the same kind did not fit: a compiler says why
     result, planned = run_pending(request, planned, store, overrides, True, True)
     rows = [row(item, counted(store, item)) for item in planned]

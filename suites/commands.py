@@ -293,6 +293,8 @@ def run_pending(
     ahead: Iterable[Planned] = (),
 ) -> tuple[Result, list[Planned]]:
     """Runs what is pending, of `ahead` first; says so where nothing is."""
+    with one_line():
+        cluster = request.cluster
     missing = [item for item in ahead if item.is_pending]
     todo = [*missing, *_todo(planned, rerun_stale, verify_frontier)]
     ids = {item.run.run_id for item in todo}
@@ -320,7 +322,7 @@ def run_pending(
         result = sweep(
             store,
             todo,
-            request.cluster,
+            cluster,
             on_start=progress.started,
             on_end=progress.ended,
             verify_frontier=verify_frontier,

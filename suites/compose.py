@@ -38,9 +38,19 @@ class Request:
     """What was asked: a title, where to run, and the settings of every suite and model."""
 
     title: str
-    cluster: Cluster
+    clusters: tuple[Cluster, ...]  # a run goes to the first that offers its device kind
     settings: list[dict[str, Any]]
     command: str = "run"  # that asked for it
+
+    @property
+    def cluster(self) -> Cluster:
+        """The one that runs here; ValueError where it does not, or where several are named."""
+        names = ",".join(cluster.name for cluster in self.clusters)
+        if len(self.clusters) > 1 or self.clusters[0].executor != "local":
+            raise ValueError(
+                f"cluster={names}: aerie {self.command} runs on this machine; use aerie submit."
+            )
+        return self.clusters[0]
 
 
 def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
@@ -68,11 +78,26 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
     files = Files(together | {"suite": list(parts)})
     _check_suite_keys(parts, typed, files)
     settings = [made for suite, part in parts.items() for made in _cross(suite, part, files)]
-    clusters = [settings[0]["cluster"]] if settings else []
-    if any(made["cluster"] != clusters[0] for made in settings):
-        raise ValueError("cluster cannot be swept: one command runs in one place.")
-    cluster = build(Cluster, clusters[0], f"cluster={clusters[0].get('name')}")
-    return Request(title, cluster, settings)
+    clusters = [
+        build(Cluster, values, f"cluster={name}")
+        for name, values in _clusters(next(iter(parts.values())), files).items()
+    ]
+    return Request(title, tuple(clusters), settings)
+
+
+def _clusters(overrides: dict[str, list[Any]], files: "Files") -> dict[str, dict[str, Any]]:
+    """Name to settings of the clusters of a request: all it names, each with what was typed of
+    clusters. They are not swept: every run goes to one of them."""
+    typed = {
+        key.removeprefix("cluster."): _single(key, values)
+        for key, values in overrides.items()
+        if key.startswith("cluster.")
+    }
+    made = {}
+    for name in _groups(overrides)["cluster"]:
+        made[name] = copy.deepcopy(files.choice("cluster", name))
+        _set(made[name], typed)
+    return made
 
 
 def parse(overrides: Iterable[str]) -> dict[str, list[Any]]:
@@ -199,9 +224,12 @@ def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[
     values = {
         key: swept
         for key, swept in overrides.items()
-        if key not in GROUPS and not (key.startswith("suite.") and key.split(".")[1] not in known)
+        if key not in GROUPS
+        and not key.startswith("cluster.")
+        and not (key.startswith("suite.") and key.split(".")[1] not in known)
     }
     made = []
+    del groups["cluster"]
     for chosen in product(*groups.values()):
         base = files.settings(dict(zip(groups, chosen, strict=True)) | {"suite": suite})
         for point in product(*values.values()):
@@ -209,7 +237,8 @@ def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[
     return made
 
 
-def _apply(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _set(settings: dict[str, Any], values: dict[str, Any]) -> None:
+    """Sets keys like model.window_size in nested settings."""
     for key, value in values.items():
         *path, last = key.split(".")
         section = settings
@@ -218,6 +247,10 @@ def _apply(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"unknown key {key!r}: {name!r} has no keys.")
             section = section[name]
         section[last] = value
+
+
+def _apply(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    _set(settings, values)
     model = settings["model"]
     if model["family"] == "mqa" and model["window_size"] is not None:
         raise ValueError(
@@ -269,7 +302,7 @@ class Files:
         made = {key: self._values[key] for key in ("kernels", *VALUES)}
         made["model"] = self.model(*(chosen[group] for group in MODEL_GROUPS))
         made["backend"] = self.choice("backend", chosen["backend"])["backend"]
-        for group in ("suite", "data", "optimizer", "cluster"):
+        for group in ("suite", "data", "optimizer"):
             made[group] = self.choice(group, chosen[group])
         return made
 

@@ -41,13 +41,10 @@ def frame_of(store: Path) -> Any:
 
     frame = analysis.load(store)
     frame = frame[frame["suite"] != "compile"].reset_index(drop=True)
-    ours = [  # build_key and device_name remember what they were asked
-        provenance.build_key(suite, backend, provenance.device_name(kind))
-        for suite, backend, kind in zip(
-            frame["suite"], frame["backend"], frame["device_kind"], strict=True
-        )
-    ]
-    is_current = frame["build"] == ours
+    columns = ["suite", "backend", "device_kind", "job", "build_device", "versions"]
+    asked = frame[columns].astype(object).where(frame[columns].notna(), None)
+    ours = {row: _our_build(*row) for row in set(asked.itertuples(index=False, name=None))}
+    is_current = frame["build"] == [ours[row] for row in asked.itertuples(index=False, name=None)]
     is_finished = frame["outcome"].isin(FINISHED)
     worth = is_finished.astype(int) + (is_finished & is_current)
     place = worth.astype(str) + frame["attempt"]  # attempts sort by time
@@ -55,6 +52,16 @@ def frame_of(store: Path) -> Any:
     return frame.assign(
         is_current=is_current.astype("boolean"), is_counted=is_counted.astype("boolean")
     )
+
+
+def _our_build(
+    suite: str, backend: str, kind: str, job: str | None, device: str | None, versions: str | None
+) -> str:
+    """The build of our code; libraries and device are those of the cluster where a job ran."""
+    if job is None or device is None:
+        return provenance.build_key(suite, backend, provenance.device_name(kind))
+    found = dict(word.split("=", 1) for word in (versions or "").split(", ") if word)
+    return provenance.build_key(suite, backend, device, found)
 
 
 def print_side_by_side(store: Path, run_ids: set[str]) -> None:

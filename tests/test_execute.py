@@ -66,7 +66,7 @@ def stub(tmp_path, monkeypatch):
         monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")
     yield tmp_path / "store"
     sys.modules.pop("suites.stub", None)
-    for cached in (plan.provenance.build_key, plan.provenance._origin):
+    for cached in (plan.provenance._build_key, plan.provenance._origin):
         cached.cache_clear()
 
 

@@ -121,7 +121,7 @@ def test_data_sets_the_vocabulary_unless_the_size_or_the_user_does():
         (["dtype=fp32"], "float32"),
         (["device_kind=h20"], "h200"),
         (["cluster.runs_in_paralel=2"], "Did you mean 'runs_in_parallel'?"),
-        (["cluster.runs_in_parallel=1,2"], "cluster cannot be swept"),
+        (["cluster.runs_in_parallel=1,2"], "takes one value, not 2"),
         (["family=mqa", "model.window_size=16"], "use family=mqa_local"),
         (["model.d_model=wide"], "is not int"),
         (["model.d_rnn=98"], "use 96 or"),
@@ -187,7 +187,23 @@ def test_a_tpu_is_known_by_its_kind():
     """What it calls itself is not what was asked for, and is no reason to measure again."""
     run = runs_of("suite.rounds=1", "device_kind=v5e", "backend=jax")[0]
     seen = {"versions": provenance.versions(), "device_name": "TPU v5 lite"}
-    assert plan._change({"provenance": seen}, run, provenance.device_name("v5e")) == "code changed"
+    change = plan._change({"provenance": seen}, run, "v5e", provenance.versions())
+    assert change == "code changed"
+
+
+def test_what_a_job_ran_is_current_on_the_device_that_it_found(tmp_path):
+    """It is not the one of the machine that submits, and is no reason to measure again."""
+    run = runs_of("suite.rounds=1")[0]
+
+    def after(**seen):
+        task = Task(run=run, build=provenance.build_key(run.suite, run.backend, "abacus"),
+                    attempt="a", parent_pid=0)  # fmt: skip
+        facts = {"versions": provenance.versions(), "build_device": "abacus"} | seen
+        write(tmp_path, task.record("completed", provenance=facts, started_at="", seconds=1.0))
+        return plan.plan(tmp_path, [run])[0].reason
+
+    assert after(job="12_3") == "finished"
+    assert after(job=None).startswith("stale: device")
 
 
 @pytest.mark.parametrize(("topology", "is_finished"), [("v5e:2x2", True), (None, False)])

@@ -132,6 +132,7 @@ def seen(run: Run) -> dict[str, Any]:
     """What is known of machine and code without an engine."""
     return provenance.machine() | {
         "device_kind": run.device_kind,
+        "build_device": provenance.device_name(run.device_kind),
         "device_name": provenance.device_name(run.device_kind),
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),

@@ -5,7 +5,7 @@ Settings are plain dicts (composed at the front door); nothing here knows where 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -152,13 +152,18 @@ def arrange(runs: Iterable[Run]) -> list[tuple[Run, str | None, int | None]]:
     return sorted(arranged, key=lambda item: _rank(item[0].suite))
 
 
-def plan(store: Path, runs: Iterable[Run]) -> list[Planned]:
-    """What each run would cost, and what the store already says of it."""
+def plan(
+    store: Path, runs: Iterable[Run], python: Callable[[Run], str | None] = lambda run: None
+) -> list[Planned]:
+    """What each run would cost, and what the store already says of it. `python` names the
+    interpreter that will run it, where it is not ours."""
     made = []
     for run, block, order in arrange(runs):
+        records = attempts(store, run.run_id)
+        found = provenance.versions(python(run))
         device = provenance.device_name(run.device_kind)
-        key = provenance.build_key(run.suite, run.backend, device)
-        reason, is_pending, counted = judge(attempts(store, run.run_id), key, run, device)
+        key = provenance.build_key(run.suite, run.backend, device, found)
+        reason, is_pending, counted = judge(records, run, device, found)
         made.append(
             Planned(
                 run=run,
@@ -170,6 +175,7 @@ def plan(store: Path, runs: Iterable[Run]) -> list[Planned]:
                 costs=costs(run),
                 block=block,
                 order=order,
+                attempts=tuple(record["attempt"] for record in records),
             )
         )
     return made
@@ -189,19 +195,29 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def judge(
-    records: list[dict[str, Any]], build_now: str, run: Run, device: str
+    records: list[dict[str, Any]], run: Run, device: str, versions: dict[str, str | None]
 ) -> tuple[str, bool, dict[str, Any] | None]:
-    """(reason, whether it is pending, the record that counts) for a run and its attempts."""
+    """(reason, whether it is pending, the record that counts) for a run and its attempts.
+
+    What a job of Slurm ran is judged on the device that it found: it is not this machine's.
+    """
     if not records:
         return NEW, True, None
     finished = [record for record in records if is_finished(record)]
-    current = [record for record in finished if record["build"] == build_now]
+    current = [
+        record
+        for record in finished
+        if record["build"]
+        == provenance.build_key(run.suite, run.backend, device_of(record, device), versions)
+    ]
     if current:
         outcome = current[-1]["outcome"]
         reason = FINISHED_REASON if outcome == "completed" else f"{FINISHED_REASON}: {outcome}"
         return reason, False, current[-1]
     if finished:
-        return f"stale: {_change(finished[-1], run, device)}", False, finished[-1]
+        last = finished[-1]
+        change = _change(last, run, device_of(last, device), versions)
+        return f"stale: {change}", False, last
     outcome = records[-1]["outcome"]
     return f"failed: {outcome}" if outcome != "failed" else "failed", True, records[-1]
 
@@ -303,10 +319,16 @@ def is_finished(record: dict[str, Any]) -> bool:
     return outcome in FINISHED or (is_compiled_alone and outcome == "compile_error")
 
 
-def _change(record: dict[str, Any], run: Run, device: str) -> str:
+def device_of(record: dict[str, Any], device: str) -> str:
+    """The device of a record that its build is compared on: our own, but for jobs of Slurm."""
+    seen = record["provenance"]
+    name = seen.get("build_device") if seen.get("job") else None
+    return name or device
+
+
+def _change(record: dict[str, Any], run: Run, device: str, now: dict[str, str | None]) -> str:
     """What differs between a finished record's build and ours, in words."""
     then = record["provenance"].get("versions", {})
-    now = provenance.versions()
     for name in provenance.libraries(run.backend, device):
         if then.get(name) != now.get(name):
             return f"{name} {then.get(name)} -> {now.get(name)}"

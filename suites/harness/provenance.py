@@ -23,6 +23,16 @@ import numpy as np
 from implementations.engine import CPU, ENGINES, TPUS
 
 ROOT = Path(__file__).resolve().parents[2]
+_VERSIONS = """
+import json, sys
+from importlib import metadata
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+print(json.dumps({name: version(name) for name in sys.argv[1:]}))
+"""
 SNAPSHOT = "snapshot.json"  # in the root of a copy of the code: the commit it was taken at
 PACKAGES = ("numpy", "jax", "jaxlib", "libtpu", "optax", "torch", "triton", "transformers", "aerie")
 LIBRARIES = {
@@ -34,9 +44,16 @@ DEVICE_KINDS = (CPU, "a100", "h100", "h200", *TPUS)
 
 
 @cache
-def versions() -> dict[str, str | None]:
-    """Installed versions by package; None for what is not installed."""
-    return {name: _version(name) for name in PACKAGES}
+def versions(python: str | None = None) -> dict[str, str | None]:
+    """Installed versions by package, here or where another interpreter finds them; None for what is
+    not installed."""
+    if python is None:
+        return {name: _version(name) for name in PACKAGES}
+    command = [python, "-c", _VERSIONS, *PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        raise ValueError(f"{python} does not run: {(done.stderr.splitlines() or [''])[-1]}")
+    return json.loads(done.stdout)
 
 
 def libraries(backend: str, device_name: str) -> tuple[str, ...]:
@@ -45,15 +62,23 @@ def libraries(backend: str, device_name: str) -> tuple[str, ...]:
     return (*LIBRARIES.get(backend, ("numpy",)), *compiler)
 
 
-@cache
-def build_key(suite: str, backend: str, device_name: str) -> str:
+def build_key(
+    suite: str, backend: str, device_name: str, found: dict[str, str | None] | None = None
+) -> str:
     """What a run executes, as two digests with a dot between: the engine (code of the backend, its
     libraries, the device), then the question (the suite and the harness). Parity verifies speed
-    of the same first half; a run is current while both halves are.
+    of the same first half; a run is current while both halves are. `found` are the versions of
+    libraries, if not ours.
     """
-    engine = engine_modules(backend)
+    found = versions() if found is None else found
     names = libraries(backend, device_name)
-    libraries_now = [f"{name} {versions().get(name)}" for name in names]
+    libraries_now = tuple(f"{name} {found.get(name)}" for name in names)
+    return _build_key(suite, backend, device_name, libraries_now)
+
+
+@cache
+def _build_key(suite: str, backend: str, device_name: str, libraries_now: tuple[str, ...]) -> str:
+    engine = engine_modules(backend)
     question = closure({f"suites.{suite}", "suites.harness.child"}) - engine
     halves = ([*_digests(engine), *libraries_now, device_name], _digests(question))
     return ".".join(

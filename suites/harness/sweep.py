@@ -136,7 +136,7 @@ def sweep(
 
     def look() -> None:
         for handle, job in list(running.items()):
-            if (record := _look(store, handle, job, executor, cluster)) is not None:
+            if (record := _look(store, handle, job, executor, cluster, stop)) is not None:
                 end(handle, record)
 
     with _terminable() if watch is None else contextlib.nullcontext():
@@ -177,25 +177,34 @@ def _ask_to_stop(
     for handle in resumable:
         executor.stop(handle)
     deadline = time.perf_counter() + stop.grace_s
+    look()
     while resumable & running.keys() and time.perf_counter() < deadline:
         executor.wait(POLL_S)
         look()
 
 
 def _look(
-    store: Path, handle: str, job: _Running, executor: Executor, cluster: Cluster
+    store: Path,
+    handle: str,
+    job: _Running,
+    executor: Executor,
+    cluster: Cluster,
+    stop: Stop | None,
 ) -> Record | None:
     """The record of a job that has ended, written by its child or here; None while it runs."""
     seconds = time.perf_counter() - job.start
     ended = job.suspect[0] if job.suspect else executor.poll(handle)
     if ended is not None:
         record = _read(store, job.task)
-        if record is None and -ended.returncode in SIGNALS_OF_SLURM:
+        is_signalled = -ended.returncode in SIGNALS_OF_SLURM
+        if record is None and is_signalled and stop is None:
             job.suspect = job.suspect or (ended, seconds + NEWS_S)
             if seconds < job.suspect[1]:
                 return None
         if record is None:
             outcome, reason = verdict(ended, executor.logs(handle))
+            if is_signalled and stop is not None:
+                outcome, reason = stop.outcome, stop.reason
             if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
                 outcome = "failed"  # of this machine's memory, not of the device's
             record = _killed(store, job, outcome, reason)

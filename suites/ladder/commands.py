@@ -36,7 +36,7 @@ def parity(
         if not _of(overrides, "cluster.runs_in_parallel"):  # nothing is timed
             cluster = replace(cluster, runs_in_parallel=len(provenance.cores()))
         planned = plan.plan(store, runs)
-    request = compose.Request("parity", cluster, [], command="parity")
+    request = compose.Request("parity", (cluster,), [], command="parity")
     result, planned = run_pending(request, planned, store, overrides, True, False)
 
     shown = [(item.run, record) for item in planned if (record := counted(store, item))]
