@@ -101,6 +101,21 @@ def auto(backend: str, device_kind: str) -> dict[str, str]:
     return AUTO.get((backend, platform_of(device_kind)), AUTO["torch", CPU])
 
 
+def unsupported(
+    backend: str, device_kind: str, chosen: dict[str, str], interpret: bool
+) -> str | None:
+    """Why a backend cannot run on a kind of device with these kernels, as far as names tell."""
+    platform = platform_of(device_kind)
+    if backend != "jax" and platform == "tpu":
+        return f"backend={backend} runs on no TPU ({device_kind})."
+    for setting, name in chosen.items():
+        language, _, wanted = name.partition("_")
+        needed = {"triton": "gpu", "pallas": wanted}.get(language)
+        if needed not in (None, platform) and not (interpret and platform == CPU):
+            return f"kernels.{setting}={name} needs a {needed.upper()}, not {device_kind}."
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, cosine decay, clipping of the global norm and decoupled decay.

@@ -45,6 +45,12 @@ Rerun = Annotated[bool, typer.Option("--rerun-stale", help="Run again what an ol
 Verify = Annotated[
     bool, typer.Option("--verify-frontier", help="Try points that are predicted not to fit.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the batch files; write and submit nothing.")
+]
+Submissions = Annotated[
+    list[str] | None, typer.Argument(metavar="[SUBMISSION]...", help="Ids, or their beginnings.")
+]
 RAW = Path("results/raw")
 
 
@@ -79,11 +85,113 @@ def plan(overrides: Overrides = None, results: Results = RAW, as_json: Json = Fa
 
 
 @app.command()
-def status(overrides: Overrides = None, results: Results = RAW, as_json: Json = False) -> None:
-    """Count outcomes by suite; with overrides, of those runs alone."""
-    from suites import commands
+def submit(
+    overrides: Overrides = None,
+    results: Results = RAW,
+    dry_run: DryRun = False,
+    rerun_stale: Rerun = False,
+    verify_frontier: Verify = False,
+    as_json: Json = False,
+) -> None:
+    """Show the bill, submit what is not finished to the cluster (cluster=slurm_gpu), and return."""
+    from suites import jobs
 
-    raise typer.Exit(commands.status(overrides or [], results, as_json=as_json))
+    raise typer.Exit(
+        jobs.submit(
+            overrides or [],
+            results,
+            dry_run=dry_run,
+            rerun_stale=rerun_stale,
+            verify_frontier=verify_frontier,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def status(
+    overrides: Overrides = None,
+    results: Results = RAW,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again until all has ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show submissions, what runs now and outcomes by suite; with overrides, of those runs."""
+    from suites import watching
+
+    raise typer.Exit(watching.status(overrides or [], results, watch=watch, as_json=as_json))
+
+
+@app.command()
+def logs(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run id, or its beginning.")],
+    results: Results = RAW,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print on while it runs.")] = False,
+) -> None:
+    """Print what a run printed at its newest attempt; of one that never began, what its job did."""
+    from suites import watching
+
+    raise typer.Exit(watching.logs(results, run_id, follow=follow))
+
+
+@app.command()
+def cancel(
+    submissions: Submissions = None,
+    results: Results = RAW,
+    all_: Annotated[bool, typer.Option("--all", help="All that have not ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take submissions out of the queue and stop what runs of them."""
+    from suites import jobs
+
+    raise typer.Exit(jobs.cancel(results, submissions or [], all_=all_, as_json=as_json))
+
+
+@app.command()
+def retry(
+    results: Results = RAW,
+    reason: Annotated[
+        list[str] | None,
+        typer.Option("--reason", help="An outcome, repeatable. Default: all without a result."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Submit again what was submitted and ended without a result, used-up retries or not."""
+    from suites import jobs
+
+    raise typer.Exit(
+        jobs.retry(results, reasons=tuple(reason or ()), dry_run=dry_run, as_json=as_json)
+    )
+
+
+@app.command()
+def wait(
+    submissions: Submissions = None,
+    results: Results = RAW,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds; then exit code 1.")
+    ] = None,
+    every: Annotated[float, typer.Option("--every", help="Seconds between two looks.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Return when submissions have ended: for scripts. Exit code 1 where a run has no result."""
+    from suites import watching
+
+    raise typer.Exit(
+        watching.wait(results, submissions or [], timeout_s=timeout, every_s=every, as_json=as_json)
+    )
+
+
+@app.command()
+def collect(
+    results: Results = RAW,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: records.parquet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Settle what has ended, and write all records as one Parquet file."""
+    from suites import jobs
+
+    raise typer.Exit(jobs.collect(results, out, as_json=as_json))
 
 
 @app.command()

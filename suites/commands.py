@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from suites import compose, display, gate, reports
-from suites.harness import claims, corpora, plan, provenance
+from suites.harness import corpora, plan, provenance
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
@@ -35,7 +35,7 @@ def run(
     verify_frontier: bool = False,
     as_json: bool = False,
 ) -> int:
-    request, planned = _planned(overrides, store)
+    request, planned = planned_of(overrides, store)
     ahead = _ahead(planned, store, rerun_stale, verify_frontier)
     result, planned = run_pending(
         request, planned, store, overrides, rerun_stale, verify_frontier, ahead
@@ -64,7 +64,7 @@ def run(
 
 
 def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
-    _, planned = _planned(overrides, store, bare=compose.BARE_PLAN)
+    _, planned = planned_of(overrides, store, bare=compose.BARE_PLAN)
     if as_json:
         display.print_json([item.to_json() for item in planned])
         return AS_PLANNED
@@ -84,40 +84,8 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
     return AS_PLANNED
 
 
-def status(overrides: list[str], store: Path, *, as_json: bool = False) -> int:
-    """Outcomes by suite of the attempts that count, and what is being measured now."""
-    if overrides:
-        _, planned = _planned(overrides, store)
-        found = [(item.run.suite, item.outcome or "new") for item in planned]
-    else:
-        found = list(_latest_outcomes(store))
-    counts: dict[str, Counter] = {}
-    for suite, outcome in found:
-        counts.setdefault(suite, Counter())[outcome] += 1
-    running = _measured_now(store)
-    if as_json:
-        rows = [
-            {"suite": suite, "outcome": outcome, "num_runs": count}
-            for suite, by_outcome in counts.items()
-            for outcome, count in by_outcome.items()
-        ]
-        display.print_json({"outcomes": rows, "running": running})
-        return AS_PLANNED
-    if not counts:
-        print(f"no records in {store}.")
-        return AS_PLANNED
-    outcomes = sorted({outcome for by_outcome in counts.values() for outcome in by_outcome})
-    rows = [
-        [suite, *(str(by_outcome[o]) if by_outcome[o] else "-" for o in outcomes)]
-        for suite, by_outcome in sorted(counts.items())
-    ]
-    display.print_table(["suite", *outcomes], rows)
-    print(f"{display.count(len(found), 'run')}; {len(running)} being measured now.")
-    return AS_PLANNED
-
-
 def report(store: Path, out: Path | None, *, title: str) -> int:
-    _need_records(store)
+    need_records(store)
     with one_line():
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -128,18 +96,18 @@ def report(store: Path, out: Path | None, *, title: str) -> int:
 def compare(
     by: str, ours: str | None, baseline: str | None, store: Path, *, as_json: bool = False
 ) -> int:
-    _need_records(store)
+    need_records(store)
     from analysis import derive, tables
 
     frame = reports.frame_of(store)
     with one_line():
         if by not in derive.BASELINE:
-            raise ValueError(_unknown("--by", by, list(derive.BASELINE)))
+            raise ValueError(unknown("--by", by, list(derive.BASELINE)))
         known = sorted(set(derive.outcomes(frame)[by].dropna()))
         baseline = baseline or derive.BASELINE[by]
         for option, value in (("--ours", ours), ("--baseline", baseline)):
             if value is not None and value not in known:
-                raise ValueError(_unknown(option, value, known))
+                raise ValueError(unknown(option, value, known))
     sides = [ours] if ours else [name for name in known if name != baseline]
     made = [tables.side_by_side(frame, by=by, ours=side, baseline=baseline) for side in sides]
     if as_json:
@@ -193,9 +161,9 @@ def doctor(store: Path, *, as_json: bool = False) -> int:
 def prepare(overrides: list[str], *, workers: int | None = None, as_json: bool = False) -> int:
     with one_line():
         request = compose.read(overrides, bare=compose.BARE_PLAN)
-        configs = _data_configs(request.settings)
+        configs = data_configs(request.settings)
     for config in configs:
-        corpus = _prepare(config, workers)
+        corpus = prepare_data(config, workers)
         facts = {
             "data": corpus.name,
             "num_train_tokens": len(corpus.train_tokens),
@@ -225,7 +193,7 @@ def one_line() -> Iterator[None]:
         raise WrongRequest from None
 
 
-def _planned(
+def planned_of(
     overrides: list[str], store: Path, *, bare: Iterable[str] = ()
 ) -> tuple[compose.Request, list[Planned]]:
     with one_line():
@@ -233,11 +201,11 @@ def _planned(
             raise ValueError(f"--results {store} is a file; name a folder.")
         request = compose.read(overrides, bare=bare)
         runs = [run for settings in request.settings for run in plan.expand(settings)]
-        _data_configs(request.settings)
+        data_configs(request.settings)
         return request, plan.plan(store, runs)
 
 
-def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
+def data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
     """The data sets of a request, each once, their files looked for."""
     found = dict.fromkeys(plan.data_config(made) for made in settings)
     for config in found:
@@ -247,7 +215,7 @@ def _data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
     return list(found)
 
 
-def _need_records(store: Path) -> None:
+def need_records(store: Path) -> None:
     with one_line():
         if not (store / "runs").is_dir():
             raise ValueError(
@@ -255,7 +223,22 @@ def _need_records(store: Path) -> None:
             )
 
 
-def _unknown(option: str, value: str, known: list[str]) -> str:
+def need_submissions(store: Path) -> None:
+    if not (store / "submissions").is_dir():
+        raise ValueError(
+            f"nothing was submitted from {store}; submit something first (aerie submit), or name "
+            "another folder: --results DIR."
+        )
+
+
+def need_writable(store: Path) -> None:
+    with one_line():
+        store.mkdir(parents=True, exist_ok=True)
+        if not os.access(store, os.W_OK):
+            raise ValueError(f"--results {store} cannot be written.")
+
+
+def unknown(option: str, value: str, known: list[str]) -> str:
     close = get_close_matches(value, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{option} {value!r} is not known; known: {', '.join(known)}.{hint}"
@@ -264,7 +247,7 @@ def _unknown(option: str, value: str, known: list[str]) -> str:
 # Running ----------------------------------------------------------------------------------------
 
 
-def _todo(
+def todo(
     planned: list[Planned], rerun_stale: bool = False, verify_frontier: bool = False
 ) -> list[Planned]:
     return [
@@ -280,7 +263,7 @@ def _ahead(
     planned: list[Planned], store: Path, rerun_stale: bool = False, verify_frontier: bool = False
 ) -> list[Planned]:
     with one_line():
-        return gate.ahead(store, planned, _todo(planned, rerun_stale, verify_frontier))
+        return gate.ahead(store, planned, todo(planned, rerun_stale, verify_frontier))
 
 
 def run_pending(
@@ -296,32 +279,29 @@ def run_pending(
     with one_line():
         cluster = request.cluster
     missing = [item for item in ahead if item.is_pending]
-    todo = [*missing, *_todo(planned, rerun_stale, verify_frontier)]
-    ids = {item.run.run_id for item in todo}
+    pending = [*missing, *todo(planned, rerun_stale, verify_frontier)]
+    ids = {item.run.run_id for item in pending}
     stale = [item for item in planned if item.is_stale and item.run.run_id not in ids]
-    if not todo:
+    if not pending:
         print(f"nothing to run: all {len(planned)} runs have ended before.", file=sys.stderr)
     if stale:
         reasons = Counter(item.reason for item in stale)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"{words}; run them again with --rerun-stale.", file=sys.stderr)
-    if not todo:
+    if not pending:
         return Result(), planned
-    with one_line():
-        store.mkdir(parents=True, exist_ok=True)
-        if not os.access(store, os.W_OK):
-            raise ValueError(f"--results {store} cannot be written.")
+    need_writable(store)
     if missing:
         words = f"{_proxies(len(missing))} {'runs' if len(missing) == 1 else 'run'} first"
         print(f"{words}: speeds without them would be UNVERIFIED.", file=sys.stderr)
-    for config in dict.fromkeys(item.run.data for item in todo if _reads_text(item.run)):
-        _prepare(config, None)
+    for config in dict.fromkeys(item.run.data for item in pending if reads_text(item.run)):
+        prepare_data(config, None)
     proven = [item.run for item in planned if item.outcome == "out_of_memory" and not item.is_stale]
-    with display.SweepProgress(len(todo)) as progress:
-        progress.expect(todo)
+    with display.SweepProgress(len(pending)) as progress:
+        progress.expect(pending)
         result = sweep(
             store,
-            todo,
+            pending,
             cluster,
             on_start=progress.started,
             on_end=progress.ended,
@@ -334,7 +314,7 @@ def run_pending(
             file=sys.stderr,
         )
     if result.is_interrupted:
-        left = len(todo) - len(result.outcomes)
+        left = len(pending) - len(result.outcomes)
         again = reports.command_of(request.command, overrides, store)
         left = display.count(left, "run")
         print(f"interrupted; {left} not started. To go on: {again}", file=sys.stderr)
@@ -347,12 +327,12 @@ def counted(store: Path, item: Planned) -> dict[str, Any] | None:
     return next((r for r in reversed(records) if r["build"] == item.build), (records or [None])[-1])
 
 
-def _reads_text(run: Run) -> bool:
+def reads_text(run: Run) -> bool:
     """Whether a run trains on its data set; timing runs draw random tokens."""
     return run.workload.phase == "train" and run.workload.num_steps > 0
 
 
-def _prepare(config: DataConfig, workers: int | None) -> Any:
+def prepare_data(config: DataConfig, workers: int | None) -> Any:
     """The corpus, extracted first if need be, with progress on stderr."""
     from suites.harness import data
 
@@ -386,24 +366,6 @@ def _with_outcome(item: Planned, result: Result) -> dict[str, Any]:
     return item.to_json() | {"outcome": result.outcomes.get(item.run.run_id) or item.outcome}
 
 
-def _latest_outcomes(store: Path) -> Iterator[tuple[str, str]]:
-    """(suite, outcome) of every run: its last finished attempt, else its last."""
-    for folder in sorted((store / "runs").glob("*")):
-        if records := plan.attempts(store, folder.name):
-            finished = [record for record in records if plan.is_finished(record)]
-            counted = (finished or records)[-1]
-            yield counted["run"]["suite"], counted["outcome"]
-
-
-def _measured_now(store: Path) -> list[str]:
-    found = []
-    for place in sorted((store / "claims").glob("[!.]*")):
-        owner = claims.owner(store, place.name)
-        if owner and claims.is_alive(owner):
-            found.append(place.name)
-    return found
-
-
 # Words ------------------------------------------------------------------------------------------
 
 
@@ -427,7 +389,7 @@ def _print_ends(planned: list[Planned], ahead: list[Planned], result: Result) ->
     if few:
         rounds = display.count(min(few), "round") + (" is" if min(few) == 1 else " are")
         print(f"{rounds} too few for a verdict; use suite.rounds=6 or more.")
-    seeds = {item.run.seed for item in planned if _reads_text(item.run)}
+    seeds = {item.run.seed for item in planned if reads_text(item.run)}
     if len(seeds) == 1:
         print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")
 

@@ -26,18 +26,23 @@ def print_table(
 ) -> None:
     """Columns as wide as their longest cell; on a terminal wrapped to fit, elsewhere never."""
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(table(header, rows))
+    if note:
+        console.print(Text(note, style="dim"))
+
+
+def table(header: list[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table to be printed; columns of numbers to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     rows = [list(row) for row in rows]
     for place, name in enumerate(header):
         is_number = all(_is_number(row[place]) for row in rows) and rows
-        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
+        made.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    if title:
-        console.print(Text(title, style="bold"))
-    console.print(table)
-    if note:
-        console.print(Text(note, style="dim"))
+        made.add_row(*(Text(cell) for cell in row))
+    return made
 
 
 def number(value: float | None) -> str:
@@ -48,6 +53,11 @@ def number(value: float | None) -> str:
 def count(number: int, word: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def hours(value: float) -> str:
+    """Hours with as many digits as an estimate is worth."""
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def size(num_bytes: float | None) -> str:

@@ -5,7 +5,7 @@ code and kernels (family, architecture settings, head_dim, backend, dtype, kerne
 lacks the sizes alone; its parity verifies the speeds of all that it stands for (analysis.derive).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,17 +63,20 @@ def proxy(model: ModelConfig, tiny: ModelConfig) -> ModelConfig:
     )
 
 
-def ahead(store: Path, planned: list[Planned], todo: list[Planned]) -> list[Planned]:
+def ahead(
+    store: Path,
+    planned: list[Planned],
+    todo: list[Planned],
+    python: Callable[[Run], str | None] = lambda run: None,
+) -> list[Planned]:
     """The proxies of what was measured and of what is `todo`, beyond the parity runs that the plan
     holds; pending are those that the store lacks, of the present build. A red one is there."""
     current = [item for item in planned if item.outcome == "completed" and not item.is_stale]
     held = {item.run.run_id for item in planned if not item.is_stale}
     held |= {item.run.run_id for item in todo}
     wanted = proxies(item.run for item in (*todo, *current))
-    return [
-        _judged(store, item)
-        for item in plan.plan(store, [run for run in wanted if run.run_id not in held])
-    ]
+    missing = [run for run in wanted if run.run_id not in held]
+    return [_judged(store, item) for item in plan.plan(store, missing, python)]
 
 
 def _judged(store: Path, item: Planned) -> Planned:

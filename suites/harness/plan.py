@@ -5,7 +5,7 @@ Settings are plain dicts (composed at the front door); nothing here knows where 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -14,7 +14,7 @@ from typing import Any
 
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
-from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype
+from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype, unsupported
 from suites.harness import provenance, topology
 from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
@@ -187,6 +187,18 @@ def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
     return [_record(path) for path in paths]
 
 
+def latest(store: Path, wanted: Collection[str] | None = None) -> dict[str, tuple[str, str]]:
+    """run_id -> (suite, outcome) of its last finished attempt, else of its last."""
+    names = sorted(path.name for path in (store / "runs").glob("*")) if wanted is None else wanted
+    found = {}
+    for name in names:
+        if records := attempts(store, name):
+            finished = [record for record in records if is_finished(record)]
+            counted = (finished or records)[-1]
+            found[name] = counted["run"]["suite"], counted["outcome"]
+    return found
+
+
 def _record(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -220,6 +232,26 @@ def judge(
         return f"stale: {change}", False, last
     outcome = records[-1]["outcome"]
     return f"failed: {outcome}" if outcome != "failed" else "failed", True, records[-1]
+
+
+def fits_nowhere(run: Run) -> str | None:
+    """Why no device of the kind asked for can run this: known before anything is started."""
+    if run.workload.topology is not None:
+        return None
+    kernels = run.kernels
+    return unsupported(run.backend, run.device_kind, kernels.chosen, kernels.interpret)
+
+
+def outcomes_of_build(store: Path, item: Planned) -> list[str]:
+    """Outcomes of the attempts that the present code has made of a run, oldest first."""
+    run = item.run
+    found = []
+    for record in attempts(store, run.run_id):
+        device = device_of(record, provenance.device_name(run.device_kind))
+        versions = record["provenance"].get("versions") or provenance.versions()
+        if record["build"] == provenance.build_key(run.suite, run.backend, device, versions):
+            found.append(record["outcome"])
+    return found
 
 
 def ended_as_planned(run: Run, outcome: str | None) -> bool:

@@ -48,6 +48,10 @@ class Stop:
     outcome: str
     reason: str
     grace_s: float
+    fair_s: float = 0.0  # a run that was given less time than this did not fail: it is preempted
+
+    def outcome_after(self, seconds: float) -> str:
+        return self.outcome if seconds >= self.fair_s else "preempted"
 
 
 @dataclass
@@ -163,7 +167,8 @@ def sweep(
                     executor.cancel(handle)
                     record = _read(store, job.task)
                     if record is None:
-                        record = _killed(store, job, stop.outcome, stop.reason)
+                        outcome = stop.outcome_after(time.perf_counter() - job.start)
+                        record = _killed(store, job, outcome, stop.reason)
                         write(store, record)
                     end(handle, record)
     return result
@@ -204,7 +209,7 @@ def _look(
         if record is None:
             outcome, reason = verdict(ended, executor.logs(handle))
             if is_signalled and stop is not None:
-                outcome, reason = stop.outcome, stop.reason
+                outcome, reason = stop.outcome_after(seconds), stop.reason
             if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
                 outcome = "failed"  # of this machine's memory, not of the device's
             record = _killed(store, job, outcome, reason)

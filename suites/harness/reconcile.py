@@ -1,0 +1,255 @@
+"""What is true of all submissions: what Slurm says, what records say, and a record for every run
+that could not write its own. Any process may do it at any time, several at once too: a record of
+theirs never replaces one that a run has written.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from suites.harness import claims, launch, plan, provenance, slurm, states, submission
+from suites.harness.execute import Task, last_phase, new_attempt, phase_path, utc_now
+from suites.harness.plan import Planned
+from suites.harness.record import Record, record_path, write
+from suites.harness.slurm import Seen, Unreachable
+from suites.harness.states import Memory, TaskState
+from suites.harness.submission import Submission
+
+ORPHAN_S = 600.0  # until an intent of another machine, unknown to Slurm, was never submitted
+
+
+@dataclass
+class JobView:
+    """One job of a submission, as it is now."""
+
+    made: Submission
+    array: int
+    index: int
+    state: TaskState
+    seen: Seen | None = None
+    beat: dict[str, Any] | None = None
+
+    @property
+    def run_ids(self) -> list[str]:
+        return self.made.run_ids(self.array, self.index)
+
+
+@dataclass
+class View:
+    """All jobs that may still do something, and what could not be asked."""
+
+    jobs: list[JobView] = field(default_factory=list)
+    silent: str | None = None  # why Slurm did not answer
+
+    def active_run_ids(self) -> set[str]:
+        return {run_id for job in self.jobs for run_id in job.run_ids}
+
+
+def reconcile(store: Path) -> View:
+    """Settles the jobs that have ended; returns those that have not. One query for all of Slurm's,
+    none where nothing is left to ask about."""
+    view, now = View(), time.time()
+    open_ones = [one for one in submission.read(store) if not one.memory().get("is_settled")]
+    seen: dict[str, Seen] = {}
+    try:
+        for made in open_ones:
+            _adopt(made, now)
+        for executor in ("local", "slurm"):
+            if job_ids := _job_ids(open_ones, executor):
+                seen |= launch.launcher(executor).poll(job_ids)
+    except Unreachable as error:
+        view.silent = str(error)
+    for made in open_ones:
+        view.jobs += _settle(made, seen, now, is_answered=view.silent is None)
+    return view
+
+
+def close_our_own(store: Path, run_ids: Iterable[str]) -> None:
+    """The records of what an earlier start of our own job left open."""
+    earlier = slurm.earlier_end(provenance.job_id())
+    for run_id in run_ids:
+        for task in open_attempts(store, run_id):
+            if claims.is_earlier(task.owner) or not claims.is_alive(task.owner):
+                _write(store, task, *states.verdict(earlier))
+
+
+def write_unsupported(store: Path, item: Planned, reason: str) -> None:
+    """The record of a point that fits nowhere: it is not started."""
+    task = Task(
+        run=item.run, build=item.build, attempt=new_attempt(), parent_pid=0, costs=item.costs
+    )
+    record = task.record(
+        "unsupported",
+        reason=reason,
+        phase="start",
+        provenance={"device_kind": item.run.device_kind, "versions": provenance.versions()},
+        started_at=utc_now(),
+        seconds=0.0,
+    )
+    write(store, record)
+
+
+def open_attempts(store: Path, run_id: str) -> Iterator[Task]:
+    """Attempts that were begun, and have no record."""
+    for path in sorted((store / "runs" / run_id).glob(".task-*.json")):
+        with suppress(OSError, ValueError):  # it ends just now
+            task = Task.from_json(json.loads(path.read_text(encoding="utf-8")))
+            if not record_path(store, run_id, task.attempt).exists():
+                yield task
+
+
+def _adopt(made: Submission, now: float) -> None:
+    """Finds the arrays whose submitter was killed between sbatch and its bookkeeping."""
+    for array in made.arrays:
+        if made.job_id(array.number) is None and not made.refusal(array.number):
+            launcher = launch.launcher(made.cluster(array.number).executor)
+            if (job_id := launcher.find(made, array.number)) is not None:
+                made.remember_job_id(array.number, job_id)
+
+
+def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
+    """Of the arrays that have jobs which are not settled."""
+    found = []
+    for made in open_ones:
+        settled = set(made.memory().get("settled", ()))
+        for array in made.arrays:
+            names = {f"{array.number}_{index}" for index in range(array.num_jobs)}
+            job_id = made.job_id(array.number)
+            is_asked = made.cluster(array.number).executor == executor and job_id is not None
+            if is_asked and names - settled:
+                found.append(job_id)
+    return found
+
+
+def _settle(
+    made: Submission, seen: dict[str, Seen], now: float, *, is_answered: bool
+) -> list[JobView]:
+    """The jobs of a submission that have not ended; those that have are closed and remembered."""
+    kept = made.memory()
+    settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
+    beats, open_jobs = made.beats(), []
+    for array, index in made.places():
+        name, cluster, job_id = f"{array}_{index}", made.cluster(array), made.job_id(array)
+        if name in settled:
+            continue
+        if job_id is None:
+            if made.refusal(array) or (is_answered and _is_orphan(made, now)):
+                settled.add(name)  # never submitted: its runs are as before
+            else:
+                open_jobs.append(JobView(made, array, index, TaskState.PLANNED))
+            continue
+        one = seen.get(f"{job_id}_{index}") or seen.get(job_id)
+        beat = beats.get((array, index))
+        state, memory = states.look(
+            one,
+            Memory(**looks.get(name, {})),
+            now=now,
+            beat_age_s=None if beat is None or "ended_at" in beat else now - beat["at"],
+            lost_after_s=cluster.lost_after_s,
+            is_requeued=cluster.is_requeued,
+            is_answered=is_answered,
+        )
+        looks[name] = vars(memory)
+        if state not in (TaskState.ENDED, TaskState.LOST):
+            open_jobs.append(JobView(made, array, index, state, one, beat))
+            continue
+        ended_at = looks[name].setdefault("ended_at", now)
+        is_said = beat is not None and "ended_at" in beat  # its last word: all records are written
+        if not is_said and now - ended_at < cluster.view_s:
+            open_jobs.append(JobView(made, array, index, state, one, beat))
+            continue
+        _close(made, array, index, one, beat)
+        settled.add(name)
+        looks.pop(name, None)
+    is_settled = not open_jobs
+    fresh = {"settled": sorted(settled), "looks": looks, "is_settled": is_settled}
+    if fresh != kept:
+        with suppress(OSError):  # of another user: it is looked at again next time
+            made.remember(fresh)
+    return open_jobs
+
+
+def _is_orphan(made: Submission, now: float) -> bool:
+    """Whether nobody is going to submit what an intent says any more."""
+    if made.owner["host"] == provenance.node() and not claims.is_alive(made.owner):
+        return True
+    return now - made.created_s > ORPHAN_S
+
+
+def _close(
+    made: Submission, array: int, index: int, one: Seen | None, beat: dict[str, Any] | None
+) -> None:
+    """Records and claims of a job that has ended, for what it could not do itself."""
+    key = f"{made.job_id(array)}_{index}"
+    outcome, reason = states.verdict(one)
+    for item in made.runs(array, index):
+        run_id = item.run.run_id
+        is_begun = False
+        for task in open_attempts(made.store, run_id):
+            if task.owner.get("job") == key or not claims.is_alive(task.owner):
+                is_begun = True
+                _write(made.store, task, outcome, reason)
+        owner = claims.owner(made.store, run_id)
+        if owner is not None and (owner.get("job") == key or not claims.is_alive(owner)):
+            claims.release(made.store, run_id)
+        if not is_begun and outcome != "completed":
+            _never_began(made, array, index, item, outcome, _said(made, array, index, reason, beat))
+
+
+def _said(
+    made: Submission, array: int, index: int, reason: str, beat: dict[str, Any] | None
+) -> str:
+    """Why a job did not get as far as its runs, with its last words where it never began."""
+    if beat is not None:
+        return f"{reason}, before this run began"
+    log = launch.log_of(made, array, index)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return f"{reason}, before it began: {last[:300]}"
+
+
+def _never_began(
+    made: Submission, array: int, index: int, item: Planned, outcome: str, reason: str
+) -> None:
+    """One record for a run that its job did not reach; its attempt is named after the job, so that
+    of two who write it one does."""
+    if any(r["attempt"] not in item.attempts for r in plan.attempts(made.store, item.run.run_id)):
+        return
+    stamp = made.created_at.replace("-", "").replace(":", "")[:15]
+    attempt = f"{stamp}999999-{made.id}-{array}-{index}"
+    task = Task(
+        run=item.run, build=item.build, attempt=attempt, parent_pid=0, costs=item.costs,
+        order=item.order,
+    )  # fmt: skip
+    record = task.record(
+        outcome,
+        reason=reason,
+        phase="start",
+        provenance={"device_kind": item.run.device_kind},
+        started_at=utc_now(),
+        seconds=0.0,
+    )
+    _write_once(made.store, record)
+
+
+def _write(store: Path, task: Task, outcome: str, reason: str) -> None:
+    record = task.record(
+        outcome,
+        reason=reason,
+        phase=last_phase(store, task),
+        provenance={"device_kind": task.run.device_kind, **task.owner},
+        started_at=utc_now(),
+        seconds=0.0,
+    )
+    _write_once(store, record)
+    record_path(store, task.run.run_id, f".task-{task.attempt}").unlink(missing_ok=True)
+    phase_path(store, task).unlink(missing_ok=True)
+
+
+def _write_once(store: Path, record: Record) -> None:
+    with suppress(FileExistsError):  # the run's own, seen late
+        write(store, record, may_replace=False)

@@ -1,0 +1,394 @@
+"""Commands over submissions: submit, cancel, retry, collect. Exit codes as in suites/commands.py.
+
+What is shown of jobs that run is in suites/watching.py.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suites import commands, compose, display, gate, reports
+from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
+from suites.harness import (
+    launch,
+    pack,
+    plan,
+    reconcile,
+    slurm,
+    snapshot,
+    states,
+    submission,
+)
+from suites.harness.cluster import Cluster
+from suites.harness.estimate import NOTHING, History, Seconds
+from suites.harness.pack import Packed
+from suites.harness.plan import Planned
+from suites.harness.record import OUTCOMES
+from suites.harness.run import Run
+from suites.harness.submission import Submission
+
+
+@dataclass
+class Bill:
+    """What a submission would start and what it leaves alone, before anything is written."""
+
+    packed: list[Packed]
+    finished: int
+    current: int  # in the queue, or running, by an earlier submission
+    stale: int
+    given_up: Counter
+    unsupported: list[tuple[Planned, str]]
+
+    @property
+    def runs(self) -> list[Planned]:
+        return [item for one in self.packed for item in one.runs]
+
+    @property
+    def left(self) -> list[Planned]:
+        return [item for one in self.packed for item in one.left]
+
+    @property
+    def device_hours(self) -> Seconds:
+        return sum((one.device_seconds for one in self.packed), NOTHING) * (1 / 3600)
+
+
+def submit(
+    overrides: list[str],
+    store: Path,
+    *,
+    dry_run: bool = False,
+    rerun_stale: bool = False,
+    verify_frontier: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Plans, shows the bill, hands the arrays to the scheduler, and returns."""
+    with one_line():
+        request = compose.read(overrides)
+        clusters = request.clusters
+        runs = [run for settings in request.settings for run in plan.expand(settings)]
+        commands.data_configs(request.settings)
+        python = _interpreters(clusters)
+        planned = plan.plan(store, runs, python)
+        view = reconcile.reconcile(store)
+        todo = commands.todo(planned, rerun_stale, verify_frontier)
+        ahead = gate.ahead(store, planned, todo, python)
+        wanted = [*(item for item in ahead if item.is_pending), *todo]
+        bill = _bill(store, wanted, planned, clusters, view, unasked=_left_over(store, view))
+    command = reports.command_of("submit", overrides, store)
+    return _submit(store, bill, request.title, command, dry_run=dry_run, as_json=as_json)
+
+
+def retry(
+    store: Path,
+    *,
+    reasons: tuple[str, ...] = (),
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Submits again what ended without a result, whatever its budget says, where it was sent."""
+    with one_line():
+        for reason in reasons:
+            if reason not in OUTCOMES:
+                raise ValueError(commands.unknown("--reason", reason, list(OUTCOMES)))
+        commands.need_submissions(store)
+        view = reconcile.reconcile(store)
+        active, found = view.active_run_ids(), {}
+        for made in submission.read(store):
+            for array, index in made.places():
+                for item in made.runs(array, index):
+                    found[item.run.run_id] = (item, made.cluster(array))
+        clusters, wanted = {}, []
+        for run_id, (item, cluster) in found.items():
+            records = plan.attempts(store, run_id)
+            last = records[-1]["outcome"] if records else None
+            is_asked = last in reasons if reasons else last is not None
+            if run_id in active or not is_asked or any(map(plan.is_finished, records)):
+                continue
+            clusters.setdefault(cluster.name, cluster)
+            wanted.append(replace(item, attempts=tuple(r["attempt"] for r in records)))
+        bill = _bill(store, wanted, [], clusters.values(), view, ignores_budgets=True)
+    command = " ".join(["aerie retry", *(f"--reason {reason}" for reason in reasons)])
+    return _submit(store, bill, "retry", command, dry_run=dry_run, as_json=as_json)
+
+
+def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool = False) -> int:
+    """Takes jobs out of the queue and stops those that run; their runs end as cancelled."""
+    with one_line():
+        commands.need_submissions(store)
+        if not names and not all_:
+            raise ValueError("name the submissions to cancel, or say --all.")
+        made = submission.read(store) if all_ else [submission.find(store, n) for n in names]
+        reconcile.reconcile(store)
+        stopped = []
+        for one in made:
+            if one.memory().get("is_settled"):
+                continue
+            for array in one.arrays:
+                if job_id := one.job_id(array.number):
+                    launch.launcher(one.cluster(array.number).executor).cancel([job_id])
+            stopped.append(one.id)
+    if as_json:
+        display.print_json({"cancelled": stopped})
+    else:
+        print(f"cancelled: {', '.join(stopped) or 'nothing, all had ended'}.")
+    return AS_PLANNED
+
+
+def collect(store: Path, out: Path | None, *, as_json: bool = False) -> int:
+    """Settles what has ended and writes all records as one Parquet file."""
+    commands.need_records(store)
+    from analysis import load
+
+    with one_line():
+        view = reconcile.reconcile(store)
+        frame = load.load(store)
+        path = load.write_parquet(frame, out or store / "records.parquet")
+    counted = frame[frame["is_counted"]].drop_duplicates("run_id")["outcome"].value_counts()
+    if as_json:
+        display.print_json({"path": str(path), "outcomes": counted.to_dict(),
+                            "num_open_jobs": len(view.jobs)})  # fmt: skip
+    else:
+        words = ", ".join(f"{number} {outcome}" for outcome, number in counted.items())
+        print(f"{display.count(len(frame), 'row')} of {words}: {path}")
+        if view.jobs:
+            print(f"{display.count(len(view.jobs), 'job')} not ended yet.")
+    return AS_PLANNED
+
+
+# The bill ---------------------------------------------------------------------------------------
+
+
+def _bill(
+    store: Path,
+    wanted: list[Planned],
+    planned: list[Planned],
+    clusters: Iterable[Cluster],
+    view: reconcile.View,
+    *,
+    unasked: Iterable[tuple[Planned, Cluster]] = (),
+    ignores_budgets: bool = False,
+) -> Bill:
+    active, given_up = view.active_run_ids(), Counter()
+    unsupported, runs = [], []
+    known = {cluster.name: cluster for cluster in clusters}
+    ids = {item.run.run_id for item in wanted}
+    placed: dict[str, list[Planned]] = {name: [] for name in known}
+    for item, cluster in unasked:  # left over by an earlier submission
+        if item.run.run_id not in ids | active:
+            known.setdefault(cluster.name, cluster)
+            placed.setdefault(cluster.name, []).append(item)
+    for item in wanted:
+        if item.run.run_id in active:
+            continue
+        if reason := plan.fits_nowhere(item.run):
+            unsupported.append((item, reason))
+        elif not ignores_budgets and (outcome := _given_up(store, item)):
+            given_up[outcome] += 1
+        else:
+            runs.append(item)
+    for name, members in pack.place(runs, [known[n] for n in placed]).items():
+        placed[name] += members
+    history, room = History.of(store), _Room()
+    packed = [
+        room.pack(members, known[name], history) for name, members in placed.items() if members
+    ]
+    return Bill(
+        packed=packed,
+        finished=sum(not item.is_pending and not item.is_stale for item in planned),
+        current=len({item.run.run_id for item in [*planned, *wanted]} & active),
+        stale=sum(item.is_stale and item.run.run_id not in ids for item in planned),
+        given_up=given_up,
+        unsupported=unsupported,
+    )
+
+
+class _Room:
+    """What the queues still take, asked once."""
+
+    def __init__(self) -> None:
+        self._limits: slurm.Limits | None = None
+        self._taken = 0
+
+    def pack(self, members: list[Planned], cluster: Cluster, history: History) -> Packed:
+        room, size = cluster.max_submit, cluster.max_array_size
+        if cluster.executor == "slurm":
+            if self._limits is None:
+                self._limits = slurm.limits()
+            size = size or self._limits.max_array_size
+            allowed = [n for n in (room, self._limits.max_submit_jobs) if n is not None]
+            room = max(min(allowed) - self._limits.num_queued - self._taken, 0) if allowed else None
+        packed = pack.pack(
+            members, cluster, seconds=history.seconds, room=room, max_array_size=size
+        )
+        self._taken += sum(map(len, packed.arrays))
+        return packed
+
+
+def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster]]:
+    """Runs of earlier submissions that never got into a queue, and have no record since."""
+    found, active = {}, view.active_run_ids()
+    for made in submission.read(store):
+        refused = [
+            (item, made.cluster(array))
+            for array, index in made.places()
+            if made.refusal(array)
+            for item in made.runs(array, index)
+        ]
+        for item, cluster in [*refused, *made.left()]:
+            found[item.run.run_id] = (item, cluster)
+    return [
+        (item, cluster)
+        for run_id, (item, cluster) in found.items()
+        if run_id not in active and len(plan.attempts(store, run_id)) == len(item.attempts)
+    ]
+
+
+def _given_up(store: Path, item: Planned) -> str | None:
+    """The outcome of a run whose retries are used up, by attempts of the present code."""
+    outcomes = plan.outcomes_of_build(store, item)
+    if not outcomes or states.may_retry(outcomes)[0]:
+        return None
+    return outcomes[-1]
+
+
+def _interpreters(clusters: tuple[Cluster, ...]):
+    def python(run: Run) -> str | None:
+        offers = (one for one in clusters if run.device_kind in one.device_kinds)
+        cluster = next(offers, None)
+        return cluster and cluster.interpreter(run.backend)
+
+    return python
+
+
+# Submitting -------------------------------------------------------------------------------------
+
+
+def _submit(
+    store: Path, bill: Bill, title: str, command: str, *, dry_run: bool, as_json: bool
+) -> int:
+    if not as_json:
+        _print_bill(bill)
+    if dry_run:
+        return _print_scripts(store, bill, title, command, as_json=as_json)
+    commands.need_writable(store)
+    for item, reason in bill.unsupported:
+        with one_line():
+            reconcile.write_unsupported(store, item, reason)
+    if not bill.runs and not bill.left:
+        if as_json:
+            display.print_json({"submission": None, **_facts(bill)})
+        else:
+            print("nothing to submit.")
+        return AS_PLANNED
+    for config in dict.fromkeys(i.run.data for i in bill.runs if commands.reads_text(i.run)):
+        commands.prepare_data(config, None)
+    with one_line():
+        made = _intend(store, bill, title, command, snapshot.take(store))
+    refusals = _hand_over(made)
+    if as_json:
+        display.print_json({"submission": made.id, **_facts(bill), "refused": refusals})
+    else:
+        for reason in dict.fromkeys(refusals):
+            print(f"aerie: refused, and left for the next submit: {reason}", file=sys.stderr)
+        jobs = sum(array.num_jobs for array in made.arrays)
+        print(f"submitted {made.id}: {display.count(jobs, 'job')}. Follow: aerie status --watch")
+    return NOT_AS_PLANNED if refusals else AS_PLANNED
+
+
+def _intend(store: Path, bill: Bill, title: str, command: str, code: Path) -> Submission:
+    return submission.intend(
+        store,
+        title=title,
+        command=command,
+        snapshot=code,
+        packed=[(one.cluster, one.arrays) for one in bill.packed],
+        left=[(item, one.cluster.name) for one in bill.packed for item in one.left],
+    )
+
+
+def _hand_over(made: Submission) -> list[str]:
+    """Submits every array; what is refused is said, written down, and does not stop the others."""
+    refusals = []
+    for array in made.arrays:
+        launcher = launch.launcher(made.cluster(array.number).executor)
+        try:
+            made.remember_job_id(array.number, launcher.submit(made, array.number))
+        except launch.Refused as error:
+            made.remember_refusal(array.number, str(error))
+            refusals.append(str(error))
+    return refusals
+
+
+def _print_scripts(store: Path, bill: Bill, title: str, command: str, *, as_json: bool) -> int:
+    """The batch files that would be submitted; nothing is written."""
+    made = submission.draft(
+        store,
+        title=title,
+        command=command,
+        snapshot=store.resolve() / "code" / "DIGEST",
+        packed=[(one.cluster, one.arrays) for one in bill.packed],
+    )
+    scripts = []
+    with one_line():
+        for array in made.arrays:
+            launcher = launch.launcher(made.cluster(array.number).executor)
+            scripts.append(launcher.script(made, array.number))
+    if as_json:
+        display.print_json({"submission": None, **_facts(bill), "scripts": scripts})
+    else:
+        for array, script in zip(made.arrays, scripts, strict=True):
+            print(f"\n# array {array.number}, cluster={array.cluster}\n{script}")
+    return AS_PLANNED
+
+
+def _facts(bill: Bill) -> dict[str, Any]:
+    return {
+        "num_runs": len(bill.runs),
+        "num_finished": bill.finished,
+        "num_current": bill.current,
+        "num_stale": bill.stale,
+        "num_left": len(bill.left),
+        "num_unsupported": len(bill.unsupported),
+        "given_up": dict(bill.given_up),
+        "device_hours": vars(bill.device_hours),
+        "arrays": [
+            {"cluster": one.cluster.name, "num_jobs": len(jobs)}
+            for one in bill.packed
+            for jobs in one.arrays
+        ],
+    }
+
+
+def _print_bill(bill: Bill) -> None:
+    rows = []
+    for one in bill.packed:
+        hours = one.device_seconds * (1 / 3600)
+        jobs = [job for array in one.arrays for job in array]
+        rows.append(
+            [
+                one.cluster.name,
+                display.number(len(one.runs)),
+                display.number(len(jobs)),
+                display.number(len(one.arrays)),
+                display.hours(hours.likely),
+                f"{display.hours(hours.low)} to {display.hours(hours.high)}",
+                display.duration(max((job.seconds.likely for job in jobs), default=0.0)),
+            ]
+        )
+    if rows:
+        header = ["cluster", "runs", "jobs", "arrays", "device-hours", "between", "longest job"]
+        display.print_table(header, rows)
+    new = Counter(item.reason for item in bill.runs)
+    words = [f"{count} {reason}" for reason, count in new.items()]
+    words += [f"{bill.finished} finished"] if bill.finished else []
+    words += [f"{bill.current} current (in a queue)"] if bill.current else []
+    words += [f"{bill.stale} stale (--rerun-stale)"] if bill.stale else []
+    words += [f"{len(bill.unsupported)} unsupported"] if bill.unsupported else []
+    words += [f"{len(bill.left)} left for the next submit"] if bill.left else []
+    print(f"runs: {', '.join(words) or 'none'}.")
+    if bill.given_up:
+        words = ", ".join(f"{count} {outcome}" for outcome, count in bill.given_up.items())
+        print(f"given up: {words}; again with aerie retry --reason {next(iter(bill.given_up))}.")

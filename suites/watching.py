@@ -1,0 +1,329 @@
+"""What is shown of jobs that run: status, logs, wait. Exit codes as in suites/commands.py."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from suites import commands, display
+from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
+from suites.harness import claims, execute, launch, plan, reconcile, submission
+from suites.harness.reconcile import JobView
+from suites.harness.record import OUTCOMES
+from suites.harness.states import TaskState
+from suites.harness.submission import Submission
+
+EVERY_S = 10.0  # between two looks at a queue
+MAX_ROWS = 20  # of runs that are shown while they run
+WAITING = ("planned", "queued", "running", "stopping")  # states of runs that have not ended
+
+
+@dataclass
+class Progress:
+    """How one submission goes."""
+
+    made: Submission
+    counts: Counter = field(default_factory=Counter)  # state or outcome -> runs
+    reasons: Counter = field(default_factory=Counter)  # why jobs wait, in Slurm's words
+    seconds_left: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return any(self.counts[state] for state in WAITING)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "submission": self.made.id,
+            "user": self.made.user,
+            "title": self.made.title,
+            "created_at": self.made.created_at,
+            "clusters": [cluster.name for cluster in self.made.clusters],
+            "runs": dict(self.counts),
+            "waiting_for": dict(self.reasons),
+            "seconds_left": self.seconds_left,
+            "num_left": self.made.num_left,
+        }
+
+
+@dataclass
+class Look:
+    """All that a status shows, of one moment."""
+
+    submissions: list[Progress]
+    outcomes: dict[str, Counter]  # suite -> outcome -> runs
+    running: list[dict[str, Any]]
+    silent: str | None
+
+
+def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: bool = False) -> int:
+    """Submissions that have not ended, what runs now, and outcomes by suite; with overrides of
+    those runs alone."""
+    wanted = None
+    if overrides:
+        _, planned = commands.planned_of(overrides, store)
+        wanted = {item.run.run_id: item.run.suite for item in planned}
+    if not watch:
+        return _print(look(store, wanted), store, as_json=as_json)
+    console = Console()
+    if not console.is_terminal:
+        raise_not_a_terminal()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            seen = look(store, wanted)
+            live.update(_page(seen, store), refresh=True)
+            if not any(one.is_open for one in seen.submissions):
+                break
+            time.sleep(EVERY_S)
+    return _print(seen, store)
+
+
+def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
+    """Settles what has ended, and counts; `wanted` (run_id -> suite) limits it to some runs."""
+    view = reconcile.reconcile(store)
+    latest = plan.latest(store, wanted)
+    jobs: dict[str, list[JobView]] = {}
+    for job in view.jobs:
+        jobs.setdefault(job.made.id, []).append(job)
+    claimed = {place.name for place in (store / "claims").glob("[!.]*")}
+    made = [
+        _progress(one, jobs.get(one.id, []), latest, claimed, wanted)
+        for one in submission.read(store)
+        if one.id in jobs or wanted is not None
+    ]
+    outcomes: dict[str, Counter] = {}
+    for suite, outcome in latest.values():
+        outcomes.setdefault(suite, Counter())[outcome] += 1
+    for run_id, suite in (wanted or {}).items():
+        if run_id not in latest:
+            outcomes.setdefault(suite, Counter())["new"] += 1
+    running = list(_running(store, claimed if wanted is None else claimed & wanted.keys()))
+    made = [one for one in made if one.counts]
+    return Look(made, outcomes, running, view.silent)
+
+
+def _progress(
+    made: Submission,
+    jobs: list[JobView],
+    latest: dict[str, tuple[str, str]],
+    claimed: set[str],
+    wanted: dict[str, str] | None,
+) -> Progress:
+    found = Progress(made)
+    state_of = {run_id: job.state for job in jobs for run_id in job.run_ids}
+    for run_ids in made.run_ids_of.values():
+        for run_id in run_ids:
+            if wanted is None or run_id in wanted:
+                found.counts[_state(run_id, state_of, latest, claimed)] += 1
+    found.reasons = Counter(
+        job.seen.reason
+        for job in jobs
+        if job.state is TaskState.QUEUED and job.seen and job.seen.reason not in ("", "None")
+    )
+    found.seconds_left = _seconds_left(made, jobs)
+    return found
+
+
+def _state(
+    run_id: str,
+    state_of: dict[str, TaskState],
+    latest: dict[str, tuple[str, str]],
+    claimed: set[str],
+) -> str:
+    """Of a run: as its job is, unless it has a result or is being measured."""
+    _, outcome = latest.get(run_id, ("", ""))
+    state = state_of.get(run_id)
+    if outcome in plan.FINISHED or state is None:
+        return outcome or "left"
+    if run_id in claimed:
+        return "running"
+    if state is TaskState.RUNNING:
+        return "queued"  # in a job that measures another run
+    return state.value
+
+
+def _seconds_left(made: Submission, jobs: list[JobView]) -> float | None:
+    """Until the last job may end, were as many to run at once as do now; None while none runs."""
+    running = [job for job in jobs if job.state is TaskState.RUNNING]
+    if not running:
+        return None
+    left = 0.0
+    for job in jobs:
+        elapsed = (job.seen.elapsed_s or 0.0) if job in running and job.seen else 0.0
+        left += max(made.arrays[job.array].seconds - elapsed, 0.0)
+    return left / len(running)
+
+
+def _running(store: Path, run_ids: set[str]) -> Iterator[dict[str, Any]]:
+    """What is measured now, and how far it is."""
+    for run_id in sorted(run_ids):
+        owner = claims.owner(store, run_id)
+        if owner and claims.is_alive(owner):
+            progress = execute.running_progress(store, run_id) or {}
+            yield {"run_id": run_id, "node": owner["host"], "job": owner.get("job"), **progress}
+
+
+def logs(store: Path, name: str, *, follow: bool = False) -> int:
+    """What a run printed at its newest attempt; of one that never began, what its job printed."""
+    with one_line():
+        run_id = _find_run(store, name)
+        path = _log(store, run_id)
+        if path is None:
+            raise ValueError(f"run {run_id} has printed nothing: it has not begun, or was silent.")
+    print(f"{path}:", file=sys.stderr)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            if text := file.read():
+                print(text, end="", flush=True)
+            elif not follow or claims.owner(store, run_id) is None:
+                return AS_PLANNED
+            else:
+                time.sleep(0.5)
+
+
+def wait(
+    store: Path,
+    names: list[str],
+    *,
+    timeout_s: float | None = None,
+    every_s: float = EVERY_S,
+    as_json: bool = False,
+) -> int:
+    """Returns when the submissions (all, where none is named) have ended: 0 where every run ended
+    as planned, 1 where one did not or the time is over."""
+    with one_line():
+        commands.need_submissions(store)
+        made = [submission.find(store, name) for name in names] or submission.read(store)
+    ids, start, before = {one.id for one in made}, time.monotonic(), None
+    while True:
+        seen = look(store)
+        left = [one for one in seen.submissions if one.made.id in ids]
+        counts = sum((one.counts for one in left), Counter())
+        words = ", ".join(f"{count} {state}" for state, count in counts.items())
+        if left and words != before and not as_json:
+            print(f"{datetime.now():%H:%M:%S} {words}", file=sys.stderr, flush=True)
+        before = words
+        is_over = timeout_s is not None and time.monotonic() - start > timeout_s
+        if not left or is_over:
+            break
+        time.sleep(every_s)
+    run_ids = {run_id for one in made for ids in one.run_ids_of.values() for run_id in ids}
+    ends = plan.latest(store, dict.fromkeys(run_ids, ""))
+    outcomes = Counter(outcome for _, outcome in ends.values())
+    if missing := len(run_ids) - len(ends):
+        outcomes["left"] = missing
+    if as_json:
+        display.print_json({"is_over_time": bool(left), "outcomes": dict(outcomes)})
+    else:
+        words = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        print(f"{'not ended yet' if left else 'ended'}: {words}.")
+    as_planned = {"completed", "unsupported", "out_of_memory_predicted"}
+    return NOT_AS_PLANNED if left or set(outcomes) - as_planned else AS_PLANNED
+
+
+def _find_run(store: Path, name: str) -> str:
+    found = {path.name for path in (store / "runs").glob(f"{name}*")}
+    for made in submission.read(store):
+        found |= {r for ids in made.run_ids_of.values() for r in ids if r.startswith(name)}
+    if len(found) != 1:
+        what = "no run" if not found else f"{len(found)} runs"
+        raise ValueError(f"{what} {name!r} in {store}; aerie plan lists run ids.")
+    return found.pop()
+
+
+def _log(store: Path, run_id: str) -> Path | None:
+    """The newest log with something in it: of the run, else of its job."""
+    paths = sorted((store / "runs" / run_id).glob("[!.]*.log"))
+    for made in submission.read(store):
+        for (array, index), run_ids in made.run_ids_of.items():
+            if run_id in run_ids and not paths:
+                paths = [launch.log_of(made, array, index)]
+    return paths[-1] if paths and paths[-1].exists() else None
+
+
+# Words ------------------------------------------------------------------------------------------
+
+
+def raise_not_a_terminal() -> None:
+    with one_line():
+        raise ValueError("--watch needs a terminal; for scripts use aerie wait.")
+
+
+def _print(seen: Look, store: Path, *, as_json: bool = False) -> int:
+    if as_json:
+        rows = [
+            {"suite": suite, "outcome": outcome, "num_runs": count}
+            for suite, by_outcome in sorted(seen.outcomes.items())
+            for outcome, count in by_outcome.items()
+        ]
+        display.print_json(
+            {
+                "submissions": [one.to_json() for one in seen.submissions],
+                "outcomes": rows,
+                "running": seen.running,
+                "silent": seen.silent,
+            }
+        )
+        return AS_PLANNED
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    console.print(_page(seen, store))
+    return AS_PLANNED
+
+
+def _page(seen: Look, store: Path) -> Group:
+    parts: list[Any] = []
+    if seen.silent:
+        parts.append(Text(f"Slurm does not answer: {seen.silent}", style="yellow"))
+    if seen.submissions:
+        total = sum((one.counts for one in seen.submissions), Counter())
+        states = [state for state in (*WAITING, "left", *OUTCOMES) if total[state]]
+        rows = [_row(one, states) for one in seen.submissions]
+        header = ["submission", "title", "cluster", "user", *states, "time left", "waits for"]
+        parts.append(display.table(header, rows))
+    if seen.running:
+        rows = [_running_row(one) for one in seen.running[:MAX_ROWS]]
+        parts.append(display.table(["run", "node", "job", "phase", "done", "since"], rows))
+        if more := len(seen.running) - MAX_ROWS:
+            parts += [Text(f"and {more} more")] if more > 0 else []
+    if not seen.outcomes:
+        parts.append(Text(f"no records in {store}."))
+        return Group(*parts)
+    outcomes = sorted({outcome for by in seen.outcomes.values() for outcome in by})
+    rows = [
+        [suite, *(str(by[o]) if by[o] else display.NONE for o in outcomes)]
+        for suite, by in sorted(seen.outcomes.items())
+    ]
+    parts.append(display.table(["suite", *outcomes], rows))
+    number = sum(sum(by.values()) for by in seen.outcomes.values())
+    parts.append(Text(f"{display.count(number, 'run')}; {len(seen.running)} being measured now."))
+    return Group(*parts)
+
+
+def _row(one: Progress, states: list[str]) -> list[str]:
+    left = display.NONE if one.seconds_left is None else display.duration(one.seconds_left)
+    counts = [str(one.counts[state]) if one.counts[state] else display.NONE for state in states]
+    clusters = ",".join(cluster.name for cluster in one.made.clusters)
+    reasons = ", ".join(one.reasons) or display.NONE
+    return [one.made.id, one.made.title, clusters, one.made.user, *counts, left, reasons]
+
+
+def _running_row(one: dict[str, Any]) -> list[str]:
+    done, total = one.get("done"), one.get("total")
+    share = f"{done} of {total}" if total else display.NONE
+    since = one.get("since")
+    ago = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds() if since else None
+    return [
+        one["run_id"],
+        one["node"],
+        one["job"] or display.NONE,
+        one.get("phase") or display.NONE,
+        share,
+        display.NONE if ago is None else display.duration(ago),
+    ]
