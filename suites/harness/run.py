@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from implementations.config import ModelConfig, build, choose
@@ -69,12 +70,12 @@ class Run:
     seed: int = 0
     round: int = 0
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """12 hexadecimal digits: the same settings, the same id, on every machine."""
         return _digest(self.to_json())
 
-    @property
+    @cached_property
     def cell_id(self) -> str:
         """The id of everything but seed and round."""
         values = self.to_json()
