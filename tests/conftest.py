@@ -2,6 +2,7 @@
 interprets kernels, and a real Slurm (started when the first test asks for it)."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -37,6 +38,28 @@ def in_32_bits() -> Iterator[None]:
 
     with jax.enable_x64(False):
         yield
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """The suite `stub`, known here and in every child; yields the place of a store."""
+    from stub_suite import stub_path
+
+    import suites
+    from implementations import engine as engines
+    from suites.harness import provenance
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    stub_path(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(folder)])
+    for backend in ("jax", "torch"):
+        monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")
+    yield tmp_path / "store"
+    sys.modules.pop("suites.stub", None)
+    for cached in (provenance._build_key, provenance._origin):
+        cached.cache_clear()
 
 
 def tiny(family: str, **overrides) -> ModelConfig:

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_suite import stub_path, stub_run
+from stub_suite import stub_run
 
-from implementations import engine as engines
 from suites.harness import claims, executors, plan
 from suites.harness.cluster import Cluster
 from suites.harness.execute import verdict
@@ -50,24 +49,6 @@ result = sweep(Path({store!r}), todo, Cluster(name="here", executor="local"))
 print(json.dumps([len(todo), result.num_started]))
 sys.exit(result.is_interrupted)
 """
-
-
-@pytest.fixture
-def stub(tmp_path, monkeypatch):
-    """The suite `stub`, known here and in every child."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    stub_path(folder)
-    import suites
-
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(folder)])
-    for backend in ("jax", "torch"):
-        monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")
-    yield tmp_path / "store"
-    sys.modules.pop("suites.stub", None)
-    for cached in (plan.provenance._build_key, plan.provenance._origin):
-        cached.cache_clear()
 
 
 def go(store, runs, *, run_limit_s=30.0, parallelism=1, **options):
