@@ -13,7 +13,7 @@ from stub_suite import stub_run
 from suites.harness import plan, reconcile, submission
 from suites.harness.record import read_all
 
-# A submitter as `aerie submit` is one, of the suite `stub`. It dies before its write number KILL_AT:
+# A submitter as `aerie submit` is one, of the suite `stub`. It dies before write number KILL_AT:
 # what it did before is there, and what makes that count may be missing.
 SUBMITTER = """
 import os, signal, subprocess, sys
