@@ -12,9 +12,11 @@ import pytest
 import slurm_cluster
 from slurm_cluster import Node, Partition, SlurmCluster, require_slurm
 
-# The batch script and a step of it say which signals they are sent, and go on whatever comes.
+# The batch script and a step of it say which signals they are sent, and go on whatever comes. Each
+# to a file of its own: what a step prints goes through srun, which the same signals end.
 STUBBORN = """
 listen() {
+    exec >>heard-$SLURM_JOB_ID-$1
     for name in TERM USR1; do trap "echo $1 got $name \\$EPOCHSECONDS" $name; done
     echo $1 start $SLURM_RESTART_COUNT
     for i in {1..900}; do sleep 0.1; done
@@ -102,18 +104,20 @@ def test_tpus_are_counted(slurm):
 
 
 def preempted(own, grace_time: int, with_signal: bool) -> dict[str, int]:
-    """When the steps and the batch script of a preempted job got which signal first, in seconds
+    """When the step and the batch script of a preempted job got which signal first, in seconds
     since the job that preempts it was submitted."""
     cluster = own(grace_time=grace_time, preempt_send_user_signal=with_signal)
     low = cluster.submit(STUBBORN, "--partition=gpu", "--signal=USR1@30", *ALL_GPUS)
-    for part in ("step", "batch"):
-        cluster.wait_for(lambda part=part: f"{part} start" in cluster.output(low), 30)
+
+    def heard() -> str:
+        return "".join(path.read_text() for path in cluster.jobs_folder.glob(f"heard-{low}-*"))
+
+    cluster.wait_for(lambda: heard().count("start") == 2, 30, "step and batch script run")
     time.sleep(0.5)  # srun must have told slurmctld of its step
     began = int(time.time())
     cluster.submit("sleep 1", "--partition=gpu-urgent", *ALL_GPUS)
-    cluster.wait_for(lambda: "batch got TERM" in cluster.output(low), 60)
-    got = re.findall(r"(\w+ got \w+) (\d+)", cluster.output(low))
-    cluster.wait_for(lambda: "batch start 1" in cluster.output(low), 60)  # requeued
+    cluster.wait_for(lambda: "batch start 1" in heard(), 90, "it starts again")
+    got = re.findall(r"(\w+ got \w+) (\d+)", heard())
     return {what: int(when) - began for what, when in reversed(got)}
 
 
