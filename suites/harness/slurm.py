@@ -1,7 +1,8 @@
-"""What Slurm says: its commands, asked in batches, their answers as plain values.
+"""What Slurm says, asked in as few commands as there can be, and what it is told.
 
-squeue knows what waits and runs, and for a while what has ended; sacct knows the rest, where a site
-keeps accounts. Nothing here imports submitit; Slurm 20.11 to 25 answer in these forms.
+Slurm 20.11 to 25, with accounting and without. squeue knows what is in the queue, and for some
+minutes what has ended (MinJobAge); of the rest sacct knows, where a site keeps accounts. What Slurm
+does not answer is Unreachable, and nothing follows from it.
 """
 
 import contextlib
@@ -10,258 +11,521 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-TIMEOUT_S = 60.0  # of one command: a busy controller takes its time
-_GONE = ("Invalid job id",)
-_NO_ACCOUNTS = ("accounting storage is disabled", "Slurm accounting storage is disabled")
-_FORMAT = "%i|%T|%r|%N|%M|%e"
-_LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING",
-         "STAGE_OUT", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
-         "RESV_DEL_HOLD")  # fmt: skip
+COMMAND_S = 60.0  # until a command is given up; it tries for 9 s to reach a controller that is down
+
+# What a state means for a job that is in it.
+WAITING, RUNNING, STOPPING, INTERRUPTED, ENDED = (
+    "waiting",
+    "running",
+    "stopping",
+    "interrupted",  # over, and Slurm may start the job again
+    "ended",
+)
+STATES = {
+    "PENDING": WAITING,
+    "CONFIGURING": WAITING,
+    "POWER_UP_NODE": WAITING,
+    "EXPEDITING": WAITING,
+    "REQUEUE_HOLD": WAITING,
+    "REQUEUE_FED": WAITING,
+    "RESV_DEL_HOLD": WAITING,
+    "SPECIAL_EXIT": WAITING,  # requeued and held
+    "RUNNING": RUNNING,
+    "RESIZING": RUNNING,
+    "SIGNALING": RUNNING,
+    "STOPPED": RUNNING,
+    "SUSPENDED": RUNNING,
+    "UPDATE_DB": RUNNING,
+    "COMPLETING": STOPPING,  # shown before a requeue, too
+    "STAGE_OUT": STOPPING,
+    "REQUEUED": STOPPING,
+    "PREEMPTED": INTERRUPTED,
+    "NODE_FAIL": INTERRUPTED,
+    "BOOT_FAIL": INTERRUPTED,
+    "LAUNCH_FAILED": INTERRUPTED,
+    "RECONFIG_FAIL": INTERRUPTED,
+    "REVOKED": INTERRUPTED,  # its sibling in a federation runs
+    "COMPLETED": ENDED,
+    "CANCELLED": ENDED,
+    "DEADLINE": ENDED,
+    "FAILED": ENDED,
+    "OUT_OF_MEMORY": ENDED,
+    "TIMEOUT": ENDED,
+}
+OVER = (INTERRUPTED, ENDED)
+
+# Names that Slurm 20.11 knows already. ":|" ends a field, and does not cut it to 20 characters.
+_QUEUE_FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|,TimeUsed:|,exit_code:|,"
+_QUEUE_FIELDS += "PreemptTime:|,Reason:"  # the reason last: it may be any text
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Start"  # no Restarts before 23.02
+_FOREIGN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SACCTMGR_", "SLURM_", "SBATCH_", "LC_")
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
 
 class Unreachable(Exception):
-    """Slurm did not answer: nothing is known, and nothing may be concluded. One line."""
+    """Slurm did not answer, in one line: nothing is known, and nothing may be concluded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What Slurm says of one job at its latest start."""
+    """What Slurm says of one job, an array's or a single one, at its latest start."""
 
-    state: str  # the first word: CANCELLED of "CANCELLED by 0"
-    reason: str = ""  # why it waits
-    node: str = ""
+    state: str
+    is_in_queue: bool  # squeue shows it, and in a state that is not an end
+    reason: str | None = None  # why it waits or has ended, in Slurm's words
+    node: str | None = None
+    restarts: int | None = None
     elapsed_s: float | None = None
-    is_in_queue: bool = False  # in a state that goes on
-    by: str = ""  # who cancelled it
+    exit_code: int | None = None  # of an ended job; negative: a signal
+    is_preempted: bool = False  # it has been told to make room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the controller says of one job while it is there."""
+
+    state: str
+    reason: str | None = None
+    limit_s: float | None = None  # None: unlimited
+    elapsed_s: float | None = None
+    restarts: int = 0
+    is_requeued: bool = False  # Slurm may start it again
+    is_preempted: bool = False  # it has been told to make room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    preempt_mode: str | None = None
+    grace_s: float | None = None  # between a preemption's signal and its kill
+    max_time_s: float | None = None
+    qos: str | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a site allows, as far as it says."""
+    """What a site allows, and how it treats jobs; None where Slurm does not say."""
 
-    max_array_size: int | None = None
-    max_submit_jobs: int | None = None  # of this user, and of all
-    num_queued: int = 0  # jobs of this user that are in the queue
+    version: str | None = None
+    max_array_size: int | None = None  # one more than the highest index
+    max_job_count: int | None = None
+    max_submit_jobs: int | None = None  # of this user, every job of an array counted
+    num_queued: int = 0  # of this user, now
+    may_requeue: bool | None = None  # the default of jobs that do not ask
+    preempt_type: str | None = None
+    preempt_mode: str | None = None
+    kill_wait_s: float | None = None
+    min_job_age_s: float | None = None
+    has_accounting: bool | None = None
+    warns_of_preemption: bool = False  # by the signal of sbatch --signal, and not by SIGTERM alone
+    partitions: dict[str, Partition] = field(default_factory=dict)
 
 
-def queue(job_ids: Iterable[str]) -> dict[str, Seen]:
-    """Jobs of these arrays by ARRAY_INDEX: one squeue for all; of what it has forgotten, one sacct.
-    A job that neither knows is not in the answer. Raises Unreachable."""
-    job_ids = sorted(set(job_ids))
-    if not job_ids:
+def kind(state: str) -> str:
+    """What a state means. One that is not known is taken for running: it is no end that we know."""
+    return STATES.get(state, RUNNING)
+
+
+def queue(jobs: Iterable[str]) -> dict[str, Seen]:
+    """What is known of jobs, by ARRAY_INDEX ("123_4"), or by the id of a job that is no array.
+
+    `jobs` are such names, or ids of whole arrays. One squeue for all; then, for jobs that it does
+    not know or whose end sacct knows better, one sacct.
+    """
+    jobs = set(jobs)
+    if not jobs:
         return {}
-    found = dict(_squeue(job_ids))
-    known = {key.partition("_")[0] for key in found}
-    forgotten = [job_id for job_id in job_ids if job_id not in known]
-    ended = {key.partition("_")[0] for key, one in found.items() if not one.is_in_queue}
-    if forgotten or ended:  # squeue drops the jobs of an array one by one
-        for key, one in _sacct([*forgotten, *ended]):
-            found.setdefault(key, one)
+    ids = ",".join(sorted({_array_of(job) for job in jobs}, key=_natural))
+    command = ["squeue", f"--jobs={ids}", "--array", "--states=all", "--noheader"]
+    code, out, err = _ask([*command, f"--Format={_QUEUE_FIELDS}"])
+    if code and "Invalid job id" not in err:
+        raise Unreachable(_line("squeue", code, err))
+    found = parse_queue(out)
+    known = found.keys() | {_array_of(job) for job in found}
+    asked = {job for job in jobs if job not in known}
+    asked |= {job for job in jobs if job in found and found[job].state in ("FAILED", "CANCELLED")}
+    if asked:
+        for job, starts in _starts(asked).items():
+            if not ({job, _array_of(job)} & asked):
+                continue
+            if job not in found or kind(starts[-1].state) in OVER:
+                found[job] = _merged(starts[-1], found.get(job))
     return found
 
 
-def find(name: str) -> list[str]:
-    """Job ids of the arrays of this name, ours: in the queue, or in the accounts."""
-    said = _ask("squeue", "--me", "--noheader", "--states=all", f"--name={name}", "--format=%F")
-    found = said.split()
-    if not found:
-        with contextlib.suppress(LookupError):
-            options = ("--noheader", "-X", "-P", "--format=JobID", "--starttime=now-7days")
-            found = [_base(word) for word in _ask("sacct", f"--name={name}", *options).split()]
-    return sorted(set(found))
-
-
-def limits() -> Limits:
-    """Raises Unreachable."""
-    config = _ask("scontrol", "show", "config")
-    queued = _ask("squeue", "--me", "--noheader", "--array", "--format=%i")
-    return Limits(
-        max_array_size=_number(config, "MaxArraySize"),
-        max_submit_jobs=_least(_number(config, "MaxJobCount"), _max_submit_jobs()),
-        num_queued=len(queued.split()),
-    )
-
-
-def describe(job_id: str | None) -> dict[str, str]:
-    """What the controller says of one job: key=value; empty where it cannot be asked."""
-    if job_id is None:
-        return {}
-    try:
-        said = _ask("scontrol", "show", "job", "-o", job_id, timeout_s=5.0)
-    except (Unreachable, LookupError):
-        return {}
-    return dict(word.partition("=")[::2] for word in said.split() if "=" in word)
+def find(name: str, since: str = "now-30days") -> list[str]:
+    """Job ids of the arrays of this name, oldest first: what was submitted by one that was killed
+    before it could write the id down."""
+    command = ["squeue", f"--name={name}", "--states=all", "--noheader", "--Format=ArrayJobID:|"]
+    code, out, err = _ask(command)
+    if code:
+        raise Unreachable(_line("squeue", code, err))
+    ids = {line.strip("|").strip() for line in out.splitlines()}
+    if not ids:
+        command = ["sacct", f"--name={name}", f"--starttime={since}", "--allocations"]
+        _, out, _ = _accounts([*command, "--noheader", "--parsable2", "--format=JobID"])
+        ids = {_array_of(line) for line in out.splitlines()}
+    return sorted(ids - {""}, key=_natural)
 
 
 def earlier_end(job_id: str | None) -> Seen | None:
-    """How the last start before this one of a job ended, by the accounts; None where they do not
-    tell."""
+    """How the start before this one of a restarted job has ended. Where no accounts are kept it was
+    requeued, and that is all."""
+    if job_id is None:
+        return None
+    unknown = Seen(state="REQUEUED", is_in_queue=False)
+    with contextlib.suppress(Unreachable):
+        starts = _starts({job_id}).get(job_id, [])
+        ends = [one for one in starts if kind(one.state) in (*OVER, STOPPING)]
+        return ends[-1] if ends else unknown
+    return unknown
+
+
+def describe(job_id: str | None) -> Job | None:
+    """One job, as its controller knows it; None where that cannot be had (nodes without scontrol, a
+    controller that is down)."""
     if job_id is None:
         return None
     try:
-        starts = [one for key, one in _sacct([job_id], every=True) if key == job_id]
+        code, out, _ = _ask(["scontrol", "--oneliner", "show", "job", job_id], limit_s=10.0)
     except Unreachable:
         return None
-    return next((one for one in reversed(starts) if not one.is_in_queue), None)
+    return None if code else parse_job(out)
 
 
-def requeue(job_id: str) -> bool:
-    """Asks Slurm to start a job again: our own. Its effect is that we are killed, and the command
-    that asks with us: it gets a session of its own, and a signal is no failure."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the command
+def requeue(job_id: str) -> str | None:
+    """Asks Slurm to start our own job again; None where it will, else its refusal, in one line.
+
+    This stops the job, and all that it has started: scontrol ignores the signal that comes back to
+    it, and its death by a signal is no refusal.
+    """
+    deaf = "trap '' TERM HUP INT USR1 USR2; exec \"$@\""
+    command = ["sh", "-c", deaf, "sh", "scontrol", "requeue", job_id]
     try:
-        command = ["scontrol", "requeue", job_id]
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT_S,
-            start_new_session=True,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"cannot be started again from here: {error}", flush=True)
-        return False
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if done.returncode > 0:
-        print(f"cannot be started again: {done.stderr.strip()}", flush=True)
-    return done.returncode <= 0
+        code, _, err = _ask(command, start_new_session=True)
+    except Unreachable as error:
+        return str(error)
+    is_signalled = code < 0 or code - 128 in signal.valid_signals() - {0}
+    return None if code == 0 or is_signalled else _line("scontrol requeue", code, err)
 
 
-def cancel(job_ids: Iterable[str]) -> None:
-    for job_id in job_ids:
-        with contextlib.suppress(LookupError):
-            _ask("scancel", job_id)
-
-
-def _squeue(job_ids: list[str]) -> Iterator[tuple[str, Seen]]:
-    options = ("--noheader", "--array", "--states=all", f"--format={_FORMAT}")
-    try:
-        said = _ask("squeue", *options, f"--jobs={','.join(job_ids)}")
-    except LookupError:  # one that it has forgotten spoils the answer for a single job
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancels jobs or whole arrays; those that have ended are left alone."""
+    jobs = sorted(set(jobs), key=_natural)
+    if not jobs:
         return
-    for line in said.splitlines():
-        key, state, reason, node, elapsed, _ = (*line.split("|"), "", "", "", "", "")[:6]
-        state = _word(state)
-        yield (
-            key,
-            Seen(
-                state=state,
-                reason="" if reason == "None" else reason,
-                node=node,
-                elapsed_s=_seconds(elapsed),
-                is_in_queue=state in _LIVE,
-            ),
-        )
+    code, _, err = _ask(["scancel", *jobs])
+    said = [line for line in err.splitlines() if not re.search(r"Invalid job id|already", line)]
+    if code and said:
+        raise Unreachable(_line("scancel", code, "\n".join(said)))
 
 
-def _sacct(job_ids: list[str], *, every: bool = False) -> Iterator[tuple[str, Seen]]:
-    """The last start of each job (every one, where asked), oldest first. A kill for memory stands
-    in the step's state, not in the job's."""
-    fields = "JobID,State,NodeList,ElapsedRaw"
-    options = ("--noheader", "-P", "-D", f"--format={fields}", f"--jobs={','.join(job_ids)}")
-    try:
-        said = _ask("sacct", *options)
-    except LookupError:
-        return
-    found: dict[str, list[Seen]] = {}
-    for line in said.splitlines():
-        name, state, node, elapsed = line.split("|")[:4]
-        key, _, step = name.partition(".")
-        if "[" in key:
+def limits(
+    partition: str | None = None, account: str | None = None, qos: str | None = None
+) -> Limits:
+    """What the site allows this user, on a partition and under an account where they are named."""
+    code, out, err = _ask(["scontrol", "show", "config"])
+    if code:
+        raise Unreachable(_line("scontrol show config", code, err))
+    config = parse_config(out)
+    _, out, _ = _ask(["scontrol", "--oneliner", "show", "partition"])
+    partitions = parse_partitions(out)
+    has_accounting = not config.get("AccountingStorageType", "").endswith("none")
+    count = ["squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i"]
+    code, queued, err = _ask(count)
+    if code:
+        raise Unreachable(_line("squeue", code, err))
+    max_submit = None
+    if has_accounting:
+        own = partitions.get(partition or "", Partition()).qos
+        max_submit = _max_submit(config.get("ClusterName"), account, qos, own)
+    return Limits(
+        version=config.get("SLURM_VERSION"),
+        max_array_size=_int(config.get("MaxArraySize")),
+        max_job_count=_int(config.get("MaxJobCount")),
+        max_submit_jobs=max_submit,
+        num_queued=len(queued.split()),
+        may_requeue={"0": False, "1": True}.get(config.get("JobRequeue", "")),
+        preempt_type=config.get("PreemptType"),
+        preempt_mode=config.get("PreemptMode"),
+        kill_wait_s=_int(config.get("KillWait")),
+        min_job_age_s=_int(config.get("MinJobAge")),
+        has_accounting=has_accounting,
+        warns_of_preemption="preempt_send_user_signal" in config.get("SlurmctldParameters", ""),
+        partitions=partitions,
+    )
+
+
+# Parsing ----------------------------------------------------------------------------------------
+
+
+def parse_queue(text: str) -> dict[str, Seen]:
+    found = {}
+    for line in text.splitlines():
+        fields = line.split("|", 8)
+        if len(fields) < 9:  # a warning, or a line that names a cluster
             continue
-        word, _, by = state.partition(" by ")
+        array, tasks, state, node, restarts, elapsed, code, preempted, reason = (
+            text.strip() for text in fields
+        )
+        state, is_over = _word(state), kind(_word(state)) in OVER
+        one = Seen(
+            state=state,
+            is_in_queue=not is_over,
+            reason=None if reason in ("", "None", "(null)") else reason,
+            node=node or None,
+            restarts=_int(restarts),
+            elapsed_s=seconds(elapsed),
+            exit_code=_exit_code(code) if is_over else None,
+            is_preempted=_is_time(preempted),
+        )
+        for task in _tasks(tasks):
+            found[f"{array}_{task}" if task else array] = one
+    return found
+
+
+def parse_accounts(text: str) -> dict[str, list[Seen]]:
+    """Every start of every job that sacct lists, the latest last."""
+    starts: dict[str, list[tuple[str, Seen]]] = {}
+    waiting: dict[str, Seen] = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) < 6:
+            continue
+        name, state, code, elapsed, node, started = fields[:6]
+        job, _, step = name.partition(".")
         if step:
-            if _word(word) == "OUT_OF_MEMORY" and key in found:
-                last = found[key][-1]
-                found[key][-1] = Seen(
-                    state="OUT_OF_MEMORY", node=last.node, elapsed_s=last.elapsed_s
-                )
+            _take_step(starts.get(job), _word(state))
             continue
         one = Seen(
-            state=_word(word),
-            node=node,
-            elapsed_s=float(elapsed or 0),
-            is_in_queue=_word(word) in _LIVE,
-            by=by,
+            state=_word(state),
+            is_in_queue=False,
+            reason=f"by uid {state.split()[-1]}" if " by " in state else None,
+            node=None if node in ("", "None assigned") else node,
+            elapsed_s=_int(elapsed),
+            exit_code=_exit_code(code) if kind(_word(state)) in OVER else None,
         )
-        found.setdefault(key, []).append(one)
-    for key, starts in found.items():
-        for one in starts if every else starts[-1:]:
-            yield key, one
+        if "[" in job:  # those of an array that have not started; also some that have, for a while
+            array, _, tasks = job.partition("_")
+            waiting |= {f"{array}_{task}": one for task in _tasks(tasks)}
+        else:
+            began = started if _is_time(started) else "~"  # not yet: after all that have
+            starts.setdefault(job, []).append((began, one))
+    ordered = {
+        job: [one for _, one in sorted(found, key=lambda item: item[0])]
+        for job, found in starts.items()
+    }
+    counted = {
+        job: [replace(one, restarts=number) for number, one in enumerate(found)]
+        for job, found in ordered.items()
+    }
+    return {job: [one] for job, one in waiting.items()} | counted
 
 
-def _max_submit_jobs() -> int | None:
-    """Of our associations and of the quality of service they come with, where accounts are kept."""
-    user = os.environ.get("USER") or str(os.getuid())
-    try:
-        said = _ask("sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=MaxSubmitJobs")
-    except (Unreachable, LookupError):
+def parse_job(text: str) -> Job | None:
+    values = _values(text)
+    if "JobState" not in values:
         return None
-    numbers = [int(word) for word in said.split() if word.isdigit()]
-    return max(numbers, default=None)
+    reason = values.get("Reason")
+    return Job(
+        state=_word(values["JobState"]),
+        reason=None if reason in (None, "None", "(null)") else reason,
+        limit_s=seconds(values.get("TimeLimit", "")),
+        elapsed_s=seconds(values.get("RunTime", "")),
+        restarts=_int(values.get("Restarts")) or 0,
+        is_requeued=values.get("Requeue") == "1",
+        is_preempted=_is_time(values.get("PreemptTime", "")),
+    )
 
 
-def _ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
-    """A command's answer. Raises Unreachable where Slurm did not answer; LookupError where it
-    knows no such job, or keeps no accounts."""
-    try:
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_s,
-        )
-    except FileNotFoundError:
-        raise Unreachable(f"{command[0]} is not installed here.") from None
-    except subprocess.TimeoutExpired:
-        raise Unreachable(f"{command[0]} did not answer within {timeout_s:g} s.") from None
-    said = f"{done.stdout}\n{done.stderr}"
-    if done.returncode == 0 and not any(word in said for word in _NO_ACCOUNTS):
-        return done.stdout
-    if any(word in said for word in (*_GONE, *_NO_ACCOUNTS)):
-        raise LookupError(command[0])
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    raise Unreachable((lines or [f"{command[0]} exited with {done.returncode}"])[-1].strip())
+def parse_config(text: str) -> dict[str, str]:
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _environment() -> dict[str, str]:
-    """Ours without what changes the form of answers (SQUEUE_FORMAT, SLURM_TIME_FORMAT, ...)."""
-    noisy = re.compile(r"(SQUEUE|SACCT|SCONTROL|SBATCH|SINFO)_|SLURM_(TIME_FORMAT|CLUSTERS|BITSTR)")
-    kept = {key: value for key, value in os.environ.items() if not noisy.match(key)}
-    return kept | {"LC_ALL": "C"}
+def parse_partitions(text: str) -> dict[str, Partition]:
+    found = {}
+    for line in text.splitlines():
+        values = _values(line)
+        if name := values.get("PartitionName"):
+            qos = values.get("QoS")
+            found[name] = Partition(
+                preempt_mode=values.get("PreemptMode"),
+                grace_s=_int(values.get("GraceTime")),
+                max_time_s=seconds(values.get("MaxTime", "")),
+                qos=None if qos in (None, "N/A") else qos,
+                state=values.get("State"),
+            )
+    return found
+
+
+def seconds(text: str) -> float | None:
+    """Of [days-]hours:minutes:seconds or minutes:seconds; None for UNLIMITED, INVALID and such."""
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())):
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+
+
+def _take_step(starts: list[tuple[str, Seen]] | None, state: str) -> None:
+    """A step that ran out of memory says why its job has failed; the job itself does not."""
+    if starts and state == "OUT_OF_MEMORY" and starts[-1][1].state == "FAILED":
+        began, one = starts[-1]
+        starts[-1] = (began, replace(one, state=state))
+
+
+def _tasks(text: str) -> Iterator[str]:
+    """Of "7", "[4-9%2]", "1,3,10-20:5", and "" for what is no array."""
+    if text in ("", "N/A"):
+        yield ""
+        return
+    for part in text.strip("[]").partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
+        if match:
+            first, last, step = match.groups()
+            yield from map(str, range(int(first), int(last or first) + 1, int(step or 1)))
+
+
+def _exit_code(text: str) -> int | None:
+    """Of "3:0", "0:9", or the number that wait(2) gives: squeue prints that until 23.02."""
+    code, colon, number = text.partition(":")
+    if not code.isdigit():
+        return None
+    if colon:
+        return -int(number) if number.isdigit() and int(number) else int(code)
+    return -(int(code) & 127) if int(code) & 127 else int(code) >> 8
 
 
 def _word(state: str) -> str:
-    return (state.split() or ["UNKNOWN"])[0].rstrip("+")
+    """CANCELLED by 0, CANCELLED+ and FAILED,COMPLETING begin with the word that counts."""
+    return re.split(r"[\s+,]", state.strip(), maxsplit=1)[0].upper()
 
 
-def _base(job_id: str) -> str:
-    return re.match(r"\d*", job_id).group()
+def _values(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", text):
+        found.setdefault(key, value)
+    return found
 
 
-def _seconds(text: str) -> float | None:
-    """Of [days-][hours:]minutes:seconds."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return float(seconds + int(days or 0) * 86400)
+def _int(text: str | None) -> int | None:
+    """The number that a text begins with: "5 sec" is 5."""
+    match = re.match(r"\d+", (text or "").strip())
+    return int(match[0]) if match else None
 
 
-def _number(text: str, key: str) -> int | None:
-    match = re.search(rf"^{key}\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(match.group(1)) if match else None
+def _is_time(text: str) -> bool:
+    """And none of None, Unknown, N/A."""
+    return text[:1].isdigit()
 
 
-def _least(*values: int | None) -> int | None:
-    return min((value for value in values if value is not None), default=None)
+def _array_of(job: str) -> str:
+    return job.partition("_")[0]
+
+
+def _natural(job: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", job)]
+
+
+# Asking -----------------------------------------------------------------------------------------
+
+
+def _starts(jobs: set[str]) -> dict[str, list[Seen]]:
+    """Of the arrays of these jobs, by sacct: duplicates and all, as a restarted job has several."""
+    ids = ",".join(sorted({_array_of(job) for job in jobs}, key=_natural))
+    command = ["sacct", f"--jobs={ids}", "--duplicates", "--noheader", "--parsable2"]
+    _, out, _ = _accounts([*command, f"--format={_ACCOUNT_FIELDS}"])
+    return parse_accounts(out)
+
+
+def _merged(accounted: Seen, queued: Seen | None) -> Seen:
+    """The account of a job's end, and what only the queue says."""
+    if queued is None:
+        return accounted
+    known = {"restarts": queued.restarts, "is_preempted": queued.is_preempted}
+    return replace(accounted, **known, reason=accounted.reason or queued.reason)
+
+
+def _accounts(command: list[str]) -> tuple[int, str, str]:
+    """What the accounts say: nothing, where none are kept or they cannot be reached now."""
+    try:
+        return _ask(command)
+    except Unreachable:
+        return 1, "", ""
+
+
+def _max_submit(
+    cluster: str | None, account: str | None, qos: str | None, own: str | None
+) -> int | None:
+    """The smallest limit of the user's associations, and of the QOS that apply."""
+    who = [f"user={_user()}", *([f"cluster={cluster}"] if cluster else [])]
+    who += [f"account={account}"] if account else []
+    rows = _table(["sacctmgr", "--parsable2", "show", "assoc", *who])
+    names = {qos} if qos else {row.get("Def QOS") or "normal" for row in rows}
+    names |= {own} if own else set()
+    known = _table(["sacctmgr", "--parsable2", "show", "qos"]) if rows else []
+    rows += [row for row in known if row.get("Name") in names]
+    found = [
+        _int(row.get(key)) for row in rows for key in ("MaxSubmit", "GrpSubmit", "MaxSubmitPU")
+    ]
+    return min((limit for limit in found if limit is not None), default=None)
+
+
+def _table(command: list[str]) -> list[dict[str, str]]:
+    try:
+        code, out, _ = _ask(command)
+    except Unreachable:
+        return []
+    lines = [line.split("|") for line in out.splitlines()]
+    return [] if code else [dict(zip(lines[0], line, strict=False)) for line in lines[1:]]
+
+
+def _user() -> str:
+    import pwd  # not outside of POSIX, where this module is imported all the same
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a user of a directory service that is not reachable from here
+        return str(os.getuid())
+
+
+def _ask(
+    command: list[str], limit_s: float = COMMAND_S, start_new_session: bool = False
+) -> tuple[int, str, str]:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=limit_s,
+            env=environment(),
+            start_new_session=start_new_session,
+        )
+    except FileNotFoundError:
+        raise Unreachable(f"{command[0]} is not found: this is no machine of Slurm's.") from None
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{command[0]} did not answer within {limit_s:g} s.") from None
+    except OSError as error:
+        raise Unreachable(f"{command[0]} cannot be started: {error}.") from None
+    return done.returncode, done.stdout, done.stderr
+
+
+def environment() -> dict[str, str]:
+    """Ours, without the settings that change what Slurm's commands print or ask for."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key in _KEPT or not key.startswith(_FOREIGN)
+    }
+    return clean | {"LANG": "C", "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # 0: lists are not cut
+
+
+def _line(command: str, code: int, err: str) -> str:
+    """The last line of what a command complains of: those before it are tries."""
+    said = [line.strip() for line in err.splitlines() if line.strip()]
+    return f"{command}: {said[-1] if said else f'exit code {code}'}"
