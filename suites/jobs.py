@@ -206,20 +206,19 @@ def _bill(
 
 
 class _Room:
-    """What the queues still take, asked once."""
+    """What the queues still take."""
 
     def __init__(self) -> None:
-        self._limits: slurm.Limits | None = None
         self._taken = 0
 
     def pack(self, members: list[Planned], cluster: Cluster, history: History) -> Packed:
         room, size = cluster.max_submit, cluster.max_array_size
         if cluster.executor == "slurm":
-            if self._limits is None:
-                self._limits = slurm.limits()
-            size = size or self._limits.max_array_size
-            allowed = [n for n in (room, self._limits.max_submit_jobs) if n is not None]
-            room = max(min(allowed) - self._limits.num_queued - self._taken, 0) if allowed else None
+            limits = slurm.limits(cluster.partition, cluster.account, cluster.qos)
+            size = size or limits.max_array_size
+            said = (room, limits.max_submit_jobs, limits.max_job_count)
+            allowed = [number for number in said if number is not None]
+            room = max(min(allowed) - limits.num_queued - self._taken, 0) if allowed else None
         packed = pack.pack(
             members, cluster, seconds=history.seconds, room=room, max_array_size=size
         )
@@ -282,7 +281,7 @@ def _submit(
             display.print_json({"submission": None, **_facts(bill)})
         else:
             print("nothing to submit.")
-        return AS_PLANNED
+        return NOT_AS_PLANNED if bill.given_up else AS_PLANNED
     for config in dict.fromkeys(i.run.data for i in bill.runs if commands.reads_text(i.run)):
         commands.prepare_data(config, None)
     with one_line():

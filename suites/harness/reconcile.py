@@ -132,8 +132,9 @@ def _settle(
     kept = made.memory()
     settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
     beats, open_jobs = made.beats(), []
+    job_ids = {array.number: made.job_id(array.number) for array in made.arrays}
     for array, index in made.places():
-        name, cluster, job_id = f"{array}_{index}", made.cluster(array), made.job_id(array)
+        name, cluster, job_id = f"{array}_{index}", made.cluster(array), job_ids[array]
         if name in settled:
             continue
         if job_id is None:
@@ -144,27 +145,25 @@ def _settle(
             continue
         one = seen.get(f"{job_id}_{index}") or seen.get(job_id)
         beat = beats.get((array, index))
+        has_said = beat is not None and "ended_at" in beat  # its last word: all is written
+        is_here = cluster.executor == "local"  # whose processes are there, or are not
         state, memory = states.look(
             one,
             Memory(**looks.get(name, {})),
             now=now,
-            beat_age_s=None if beat is None or "ended_at" in beat else now - beat["at"],
-            lost_after_s=cluster.lost_after_s,
+            beat_age_s=None if beat is None or has_said or is_here else now - beat["at"],
+            lost_after_s=0.0 if has_said or is_here else cluster.lost_after_s,
             is_requeued=cluster.is_requeued,
             is_answered=is_answered,
         )
         looks[name] = vars(memory)
-        if state not in (TaskState.ENDED, TaskState.LOST):
-            open_jobs.append(JobView(made, array, index, state, one, beat))
+        is_seen = has_said or (memory.ended_at and now - memory.ended_at >= cluster.view_s)
+        if state not in states.OVER or not is_seen:
+            open_jobs.append(JobView(made, array, index, state, memory.seen, beat))
             continue
-        ended_at = looks[name].setdefault("ended_at", now)
-        is_said = beat is not None and "ended_at" in beat  # its last word: all records are written
-        if not is_said and now - ended_at < cluster.view_s:
-            open_jobs.append(JobView(made, array, index, state, one, beat))
-            continue
-        _close(made, array, index, one, beat)
+        _close(made, array, index, memory.seen, beat)
         settled.add(name)
-        looks.pop(name, None)
+        looks.pop(name)
     is_settled = not open_jobs
     fresh = {"settled": sorted(settled), "looks": looks, "is_settled": is_settled}
     if fresh != kept:
@@ -184,32 +183,33 @@ def _close(
     made: Submission, array: int, index: int, one: Seen | None, beat: dict[str, Any] | None
 ) -> None:
     """Records and claims of a job that has ended, for what it could not do itself."""
-    key = f"{made.job_id(array)}_{index}"
-    outcome, reason = states.verdict(one)
+    key, limit_s = f"{made.job_id(array)}_{index}", made.cluster(array).time_s
     for item in made.runs(array, index):
-        run_id = item.run.run_id
-        is_begun = False
+        run_id, has_begun = item.run.run_id, False
         for task in open_attempts(made.store, run_id):
             if task.owner.get("job") == key or not claims.is_alive(task.owner):
-                is_begun = True
-                _write(made.store, task, outcome, reason)
+                has_begun = True
+                _write(made.store, task, *states.verdict(one, limit_s=limit_s))
         owner = claims.owner(made.store, run_id)
         if owner is not None and (owner.get("job") == key or not claims.is_alive(owner)):
             claims.release(made.store, run_id)
-        if not is_begun and outcome != "completed":
-            _never_began(made, array, index, item, outcome, _said(made, array, index, reason, beat))
+        outcome, reason = states.verdict(one, has_begun=False, limit_s=limit_s)
+        has_failed = outcome is not None and (one is None or one.state != "COMPLETED")
+        if has_failed and not has_begun:
+            said = _said(made, array, index, reason, beat)
+            _never_began(made, array, index, item, outcome, said)
 
 
 def _said(
     made: Submission, array: int, index: int, reason: str, beat: dict[str, Any] | None
 ) -> str:
-    """Why a job did not get as far as its runs, with its last words where it never began."""
+    """The reason, with the last words of a job that did not even get as far as our code."""
     if beat is not None:
-        return f"{reason}, before this run began"
+        return reason
     log = launch.log_of(made, array, index)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"{reason}, before it began: {last[:300]}"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    return f"{reason}: {last[:300]}" if last else reason
 
 
 def _never_began(

@@ -55,6 +55,12 @@ class Job:
             self._stop = self._why()
         return self._stop
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether Slurm may be asked to start this job again: nobody has cancelled it."""
+        is_cancelled = self._stop is not None and self._stop.outcome == "cancelled"
+        return self.cluster.executor == "slurm" and not is_cancelled
+
     def beat(self, **more: object) -> None:
         values = {
             "job": provenance.job_id(),
@@ -82,6 +88,7 @@ class Job:
             limit_s=self.cluster.time_s,
             warning_s=self.cluster.stop_warning_s,
             job=slurm.describe(provenance.job_id()),
+            restarts=provenance.num_restarts(),
         )
         grace = self.cluster.stop_warning_s if self.signal == signal.SIGUSR2 else KILL_S
         fair_s = FAIR * elapsed if outcome == "timed_out" else 0.0
@@ -102,10 +109,11 @@ def work(job: Job) -> Result:
         is_timing = plan.load_suite(todo[0].run.suite).is_timing
         lanes = replace(cluster, runs_in_parallel=pack.num_lanes(cluster, is_timing))
         result = sweep(store, todo, lanes, watch=job.watch)
-    if result.is_interrupted and cluster.executor == "slurm" and pending(store, given, cluster):
-        slurm.requeue(provenance.job_id())
-    else:
+    if not result.is_interrupted:
         job.beat(ended_at=utc_now())
+    elif job.may_go_on and pending(store, given, cluster):
+        refusal = slurm.requeue(provenance.job_id())
+        print(f"told to stop; to be started again: {refusal or 'yes'}", flush=True)
     return result
 
 
