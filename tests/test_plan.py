@@ -11,7 +11,7 @@ import pytest
 from implementations import cost
 from implementations.config import ModelConfig, build
 from suites import compose
-from suites.harness import plan, provenance
+from suites.harness import plan, provenance, syntax
 from suites.harness.execute import Task
 from suites.harness.record import write
 
@@ -233,7 +233,7 @@ def test_a_build_is_what_runs_and_nothing_else(tmp_path):
     def digest(text):
         path = tmp_path / f"{next(numbers)}.py"
         path.write_text(text)
-        return provenance._syntax_digest(str(path))
+        return syntax.digest(str(path))
 
     assert digest('"""Doc."""\nx = 1  # one\n') == digest("x = 1\n")
     assert digest("def f():\n    '''Doc.'''\n    return 1") == digest("def f():\n    return 1")
@@ -243,6 +243,32 @@ def test_a_build_is_what_runs_and_nothing_else(tmp_path):
     assert one != other
     assert one != provenance.build_key("parity", "torch", "d")
     assert one != provenance.build_key("parity", "jax", "e")
+
+
+def test_syntax_is_kept_by_content_and_a_torn_file_of_it_is_parsed_anew(tmp_path, monkeypatch):
+    place, path = tmp_path / "kept" / "syntax.json", tmp_path / "code.py"
+    monkeypatch.setattr(syntax, "_place", lambda: place)
+
+    def digest(text):
+        path.write_text(text)
+        for cached in (syntax.digest, syntax.imports, syntax._known):
+            cached.cache_clear()
+        found = syntax.digest(str(path)), syntax.imports(str(path))
+        syntax.keep()
+        return found
+
+    first = digest("import os\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(syntax, "_parse", None)  # not needed again
+        assert digest("import os\n") == first
+    assert digest("import re\n") != first  # of the same name and size
+    place.write_text(place.read_text()[:-20])
+    assert digest("import os\n") == first
+    place.parent.chmod(0o500)
+    place.write_text("")
+    assert digest("import os\n") == first
+    place.parent.chmod(0o700)
+    syntax._known.cache_clear()
 
 
 def test_planning_imports_no_framework(tmp_path):

@@ -3,7 +3,6 @@
 Nothing here imports a framework: versions come from package metadata, the machine from /proc.
 """
 
-import ast
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from implementations.engine import CPU, ENGINES, TPUS
+from suites.harness import syntax
 
 ROOT = Path(__file__).resolve().parents[2]
 _VERSIONS = """
@@ -81,6 +81,7 @@ def _build_key(suite: str, backend: str, device_name: str, libraries_now: tuple[
     engine = engine_modules(backend)
     question = closure({f"suites.{suite}", "suites.harness.child"}) - engine
     halves = ([*_digests(engine), *libraries_now, device_name], _digests(question))
+    syntax.keep()
     return ".".join(
         hashlib.blake2b("\n".join(half).encode(), digest_size=6).hexdigest() for half in halves
     )
@@ -103,8 +104,9 @@ def closure(found: set[str]) -> set[str]:
     """These modules and all of implementations/ and suites/ that they import, however deep."""
     found, waiting = set(found), sorted(found)
     while waiting:
-        for name in _imports(_origin(waiting.pop())):
-            if name not in found and _origin(name):
+        for name in syntax.imports(_origin(waiting.pop())):
+            is_ours = name.split(".")[0] in ("implementations", "suites")
+            if is_ours and name not in found and _origin(name):
                 found.add(name)
                 waiting.append(name)
     return found
@@ -260,7 +262,7 @@ def _digests(modules: set[str]) -> list[str]:
     folders = {Path(_origin(name)).parent for name in modules}
     data = sorted(path for folder in folders for path in folder.glob("*.yaml"))
     return [
-        *(f"{name} {_syntax_digest(_origin(name))}" for name in sorted(modules)),
+        *(f"{name} {syntax.digest(_origin(name))}" for name in sorted(modules)),
         *(hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in data),
     ]
 
@@ -278,34 +280,3 @@ def _origin(module: str) -> str:
             if file.is_file():
                 return str(file)
     return ""
-
-
-@cache
-def _tree(path: str) -> ast.Module:
-    return ast.parse(Path(path).read_text(encoding="utf-8"))
-
-
-@cache
-def _imports(path: str) -> set[str]:
-    """Modules of implementations and suites named in import statements of a file."""
-    names = set()
-    for node in ast.walk(_tree(path)) if path else ():
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.split(".")[0] in ("implementations", "suites")}
-
-
-@cache
-def _syntax_digest(path: str) -> str:
-    """Digest of a file's syntax tree without docstrings: comments and layout do not count."""
-    if not path:
-        return ""
-    tree = _tree(path)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, documented) and body and ast.get_docstring(node, clean=False):
-            node.body = body[1:]
-    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=16).hexdigest()
