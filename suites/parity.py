@@ -18,6 +18,7 @@ import numpy as np
 
 from implementations.config import choose
 from implementations.engine import Engine, OptimizerConfig
+from suites.harness import stop
 from suites.harness.executors import TENSORS_VARIABLE
 from suites.harness.measure import InvalidMeasurement, phase, progress
 from suites.harness.record import Sample
@@ -115,6 +116,7 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     red, num_checks = [], 0
     try:
         for check in climb(run, engine):
+            stop.check()
             num_checks += 1
             if is_kept(check.field) and check.ours is not None:
                 kept[check.field] = check.ours

@@ -323,7 +323,8 @@ def test_language_modeling_scores_every_target_once(monkeypatch):
     if bytes_per_token is not None:
         expected = 2.0 / math.log(2) / bytes_per_token
         np.testing.assert_allclose(values_of(samples, "bits_per_byte"), [expected])
-    assert heard[-1] == (4, 4)
+    assert (4, 4) in heard
+    assert heard[-1][0] == heard[-1][1]  # evaluation says so too
 
 
 def test_loss_by_position_is_bucketed_by_powers_of_two():

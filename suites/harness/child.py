@@ -12,10 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
+from suites.harness import stop
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(store: Path, path: Path) -> None:
+    stop.listen()
     values = json.loads(path.read_text(encoding="utf-8"))
     _die_with(values["parent_pid"])
     with contextlib.suppress(OSError):  # no such file outside of Linux
@@ -24,8 +27,10 @@ def main(store: Path, path: Path) -> None:
         os.sched_setaffinity(0, map(int, cores.split(",")))
 
     from suites.harness.execute import Task, execute  # NumPy's threads start here
+    from suites.harness.executors import STARTED_VARIABLE
 
-    execute(store, Task.from_json(values))
+    started = os.environ.get(STARTED_VARIABLE)
+    execute(store, Task.from_json(values), started=float(started) if started else None)
 
 
 def _die_with(parent_pid: int) -> None:

@@ -4,6 +4,7 @@ The only place that catches Exception. The parent writes the record of a child t
 """
 
 import hashlib
+import json
 import os
 import re
 import resource
@@ -25,7 +26,7 @@ from implementations.engine import (
     load_compiler,
     load_engine,
 )
-from suites.harness import data, measure, provenance
+from suites.harness import checkpoint, data, measure, provenance, stop
 from suites.harness.executors import Ended
 from suites.harness.record import PHASES, Record, Sample, record_path, write
 from suites.harness.run import Run
@@ -37,6 +38,7 @@ _STARVED = re.compile(
     r"Thread creation failed|pthread_create failed|Resource temporarily unavailable",
     re.IGNORECASE,
 )
+GOES_ON = ("preempted", "failed")  # ends after which a run is run again, from its checkpoint
 NEAR_LIMIT = 0.9  # of the memory allowed: a process that dies here died of memory
 
 
@@ -85,16 +87,20 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def execute(store: Path, task: Task) -> Record:
-    """Runs the task, writes its record, returns it."""
-    started_at, start = utc_now(), time.perf_counter()
+def execute(store: Path, task: Task, started: float | None = None) -> Record:
+    """Runs the task, writes its record, returns it. This process was started at `started` of
+    time.monotonic(), which is one clock for all processes of a machine."""
+    started_at = utc_now()
+    measure.begin(phase_path(store, task), started)
     task = replace(task, build=build_now(task.run))  # code may have changed since the plan
-    measure.keep_phase_in(phase_path(store, task))
+    keeper = checkpoint.keep(store, task.run, _segment(task, started_at))
     samples: list[Sample] = []
     found: dict[str, Any] = {}
     outcome, reason = "completed", None
     try:
         _measure(task.run, samples, found)
+    except stop.Stopped as error:
+        outcome, reason = "preempted", _first_line(error)
     except Unsupported as error:
         outcome, reason = "unsupported", _first_line(error)
     except measure.Diverged as error:
@@ -109,16 +115,23 @@ def execute(store: Path, task: Task) -> Record:
         outcome, reason = _outcome_of(error), f"{type(error).__name__}: {_first_line(error)}"
         path = record_path(store, task.run.run_id, task.attempt).with_suffix(".traceback.txt")
         path.write_text(traceback.format_exc(), encoding="utf-8")
+    phase = None if outcome == "completed" else measure.current_phase()
+    measure.phase("write")
+    found = seen(task.run) | found | keeper.found()
+    times = measure.times()
     record = task.record(
         outcome,
         reason=reason,
-        phase=None if outcome == "completed" else measure.current_phase(),
-        provenance=seen(task.run) | found,
+        phase=phase,
+        provenance=found,
         samples=tuple(samples),
         started_at=started_at,
-        seconds=time.perf_counter() - start,
+        seconds=sum(times.values()),
+        times=times,
     )
     write(store, record)
+    if outcome not in GOES_ON:
+        keeper.remove()
     return record
 
 
@@ -139,14 +152,51 @@ def seen(run: Run) -> dict[str, Any]:
     }
 
 
+def _segment(task: Task, started_at: str) -> dict[str, Any]:
+    """Where and when this process works on its run."""
+    return {
+        "attempt": task.attempt,
+        "host": provenance.node(),
+        "job": provenance.job_id(),
+        "device_name": provenance.device_name(task.run.device_kind),
+        "started_at": started_at,
+    }
+
+
 def phase_path(store: Path, task: Task) -> Path:
     """Where a running child says what it is doing; the parent removes it."""
     return record_path(store, task.run.run_id, f".phase-{task.attempt}")
 
 
 def last_phase(store: Path, task: Task) -> str:
-    path = phase_path(store, task)
-    return (path.read_text(encoding="utf-8") if path.exists() else "") or PHASES[0]
+    return (_said(phase_path(store, task)) or {}).get("phase", PHASES[0])
+
+
+def times_of_killed(store: Path, task: Task, seconds: float) -> dict[str, float]:
+    """Where the time of a child went that was killed after so many seconds."""
+    said = _said(phase_path(store, task)) or {"phase": PHASES[0], "times": {}}
+    times, phase = said["times"], said["phase"]
+    rest = max(seconds - sum(times.values()), 0.0)
+    return times | {phase: times.get(phase, 0.0) + rest}
+
+
+def running_progress(store: Path, run_id: str) -> dict[str, Any] | None:
+    """{attempt, phase, done, total, since} of a run that is running; None where none says so."""
+    prefix = ".phase-"
+    for path in sorted((store / "runs" / run_id).glob(f"{prefix}*.json"), reverse=True):
+        attempt = path.stem.removeprefix(prefix)
+        if not record_path(store, run_id, attempt).exists() and (said := _said(path)):
+            keys = ("phase", "done", "total", "since")
+            return {"attempt": attempt} | {key: said[key] for key in keys}
+    return None
+
+
+def _said(path: Path) -> dict[str, Any] | None:
+    """What a child has said of itself; None where it has not, or not to the end."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def verdict(ended: Ended, log: str) -> tuple[str, str]:
@@ -179,8 +229,10 @@ def _measure(run: Run, samples: list[Sample], found: dict[str, Any]) -> None:
     found["load_average"] = list(os.getloadavg())
     suite = import_module(f"suites.{run.suite}")
     is_run = run.workload.topology is None
+    measure.phase("import")
     engine_class = (load_engine if is_run else load_compiler)(run.backend)
     found["num_threads"] = measure.num_cpu_threads()
+    stop.check()
     measure.phase("init")
     start = time.perf_counter()
     engine = _open(engine_class, run)
@@ -193,6 +245,7 @@ def _measure(run: Run, samples: list[Sample], found: dict[str, Any]) -> None:
     measure.phase("measure")
     for sample in suite.measure(run, engine):
         samples.append(sample)  # one by one: extend() would lose them all at an exception
+    measure.phase("write")
     if is_run:
         found["data_digest"] = _data_digest(run)
 

@@ -19,9 +19,12 @@ from typing import Protocol
 
 from implementations.engine import CPU
 from suites.harness import provenance, topology
+from suites.harness.checkpoint import INTERVAL_S, INTERVAL_VARIABLE
 from suites.harness.run import Run
 
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
+
+STARTED_VARIABLE = "AERIE_STARTED"  # when the process of a run was started
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Local:
     store: Path
     num_slots: int = 1
     python: dict[str, str] = field(default_factory=dict)  # backend -> interpreter
+    checkpoint_s: float = INTERVAL_S  # between two checkpoints of a quality run
     _children: dict[str, _Child] = field(default_factory=dict)
     _logs: dict[str, Path] = field(default_factory=dict)
 
@@ -93,7 +97,11 @@ class Local:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(mine, run, dumps and dumps.name)
-                | {TENSORS_VARIABLE: str(log.with_suffix(".npz"))},
+                | {
+                    TENSORS_VARIABLE: str(log.with_suffix(".npz")),
+                    INTERVAL_VARIABLE: str(self.checkpoint_s),
+                    STARTED_VARIABLE: repr(time.monotonic()),  # one clock for all processes here
+                },
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         handle = str(process.pid)

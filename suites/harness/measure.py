@@ -5,19 +5,22 @@ is measured here, in NumPy, and named "measured". Where neither is possible ther
 no MFU or MBU.
 """
 
+import json
 import os
 import re
 import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from implementations.engine import CPU, Engine
+from suites.harness import stop
 from suites.harness.record import METRICS, PHASES, Sample
 
 MEASURED = "measured"
@@ -35,34 +38,70 @@ class OutOfMemoryPredicted(MemoryError):
     """The workload needs more memory than is available, so it was not tried."""
 
 
-# Where a run is, for typed outcomes and progress.
+# Where a run is, for typed outcomes, for its times, and for progress.
 
-_phase = PHASES[0]
-_phase_file: Path | None = None
+SAY_S = 2.0  # between two words of progress
+FILE_BYTES = 640  # of the file that says it: always the same, so that no reader finds it half there
+
+
+@dataclass
+class _Place:
+    file: Path | None = None
+    phase: str = PHASES[0]
+    start: float = field(default_factory=time.monotonic)  # of the time not yet in `times`
+    since: str = ""  # UTC
+    times: dict[str, float] = field(default_factory=dict)  # seconds, by phase
+    done: int | None = None
+    total: int | None = None
+    said: float = 0.0
+
+
+_place = _Place()
 _progress: Callable[[int, int], None] | None = None
+
+
+def begin(file: Path | None, started: float | None = None) -> None:
+    """A run begins, or its process began at `started` of time.monotonic(). From now on the file
+    says where it is, for whoever asks, or finds this process dead."""
+    global _place
+    now = time.monotonic()
+    _place = _Place(file, start=now if started is None else min(started, now), since=_utc_now())
 
 
 def phase(name: str) -> None:
     """Records what the run does from now on: one of record.PHASES."""
-    global _phase
     assert name in PHASES, name
-    _phase = name
-    if _phase_file is not None:
-        _phase_file.write_text(name, encoding="utf-8")
+    _count(_place.phase)
+    _place.phase, _place.since = name, _utc_now()
+    _say()
 
 
 def current_phase() -> str:
-    return _phase
+    return _place.phase
 
 
-def keep_phase_in(path: Path) -> None:
-    """From now on the phase is in this file too, for whoever finds this process dead."""
-    global _phase_file
-    _phase_file = path
+@contextmanager
+def counted_as(name: str) -> Iterator[None]:
+    """The time of the block belongs to another phase than the one that goes on around it."""
+    assert name in PHASES, name
+    _count(_place.phase)
+    try:
+        yield
+    finally:
+        _count(name)
+
+
+def times() -> dict[str, float]:
+    """Seconds of each phase so far."""
+    _count(_place.phase)
+    return dict(_place.times)
 
 
 def progress(done: int, total: int) -> None:
-    """Tells whoever listens how far the run is; nobody by default."""
+    """Says how far the run is, to its file now and then, and to whoever listens."""
+    _place.done, _place.total = done, total
+    if time.monotonic() - _place.said > SAY_S:
+        _say()
     if _progress is not None:
         _progress(done, total)
 
@@ -71,6 +110,31 @@ def on_progress(callback: Callable[[int, int], None] | None) -> None:
     """Installs the listener of progress(); None removes it."""
     global _progress
     _progress = callback
+
+
+def _count(name: str) -> None:
+    now = time.monotonic()
+    _place.times[name] = _place.times.get(name, 0.0) + now - _place.start
+    _place.start = now
+
+
+def _say() -> None:
+    """One write of one size, in place: cheap, and never seen half done."""
+    if _place.file is None:
+        return
+    _place.said = time.monotonic()
+    values = {key: getattr(_place, key) for key in ("phase", "done", "total", "since")}
+    values["times"] = {key: round(seconds, 3) for key, seconds in _place.times.items()}
+    with suppress(OSError):  # a disk that is full stops no run
+        descriptor = os.open(_place.file, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(descriptor, json.dumps(values).ljust(FILE_BYTES).encode(), 0)
+        finally:
+            os.close(descriptor)
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # Time.
@@ -83,7 +147,9 @@ class Watch:
 
 @contextmanager
 def stopwatch(synchronize: Callable[[], None]) -> Iterator[Watch]:
-    """Wall time of the block: the device is idle at the start and done at the end."""
+    """Wall time of the block: the device is idle at the start and done at the end. No measurement
+    begins in a run that was told to stop."""
+    stop.check()
     watch = Watch()
     synchronize()
     start = time.perf_counter()

@@ -28,7 +28,7 @@ OUTCOMES = (
     "failed",
     "invalid_measurement",
 )
-PHASES = ("start", "init", "compile", "measure", "evaluate")
+PHASES = ("start", "import", "init", "compile", "measure", "evaluate", "write")
 
 PASSES = {"evaluate": "forward", "train": "forward + backward"}  # of an op alone, by its phase
 
@@ -111,7 +111,8 @@ class Record:
     costs: dict[str, Any] = field(default_factory=dict)  # num_params, train_flops_per_token, ...
     samples: tuple[Sample, ...] = ()
     started_at: str  # UTC, ISO 8601
-    seconds: float
+    seconds: float  # from the start of its process
+    times: dict[str, float] = field(default_factory=dict)  # the same by phase, where it is known
     block: str | None = None  # the comparison this run was interleaved in
     order: int | None = None  # its place in that block
     schema: int = SCHEMA

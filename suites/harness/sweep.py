@@ -18,6 +18,7 @@ from suites.harness.execute import (
     new_attempt,
     phase_path,
     seen,
+    times_of_killed,
     utc_now,
     verdict,
 )
@@ -88,7 +89,9 @@ def sweep(
     """Runs every planned run of `todo`, in its order, units side by side where the cluster runs
     several at once. `proven` ran out of memory before. `watch` is called at every look, a few times
     a second, and may stop all; without it Ctrl-C and SIGTERM do."""
-    executor = executor or Local(store, cluster.runs_in_parallel, dict(cluster.python))
+    executor = executor or Local(
+        store, cluster.runs_in_parallel, dict(cluster.python), cluster.checkpoint_s
+    )
     proven = list(proven or ())
     session = os.urandom(3).hex()  # rounds are paired within one sweep
     waiting, running, result = deque(units(todo)), {}, Result()
@@ -264,13 +267,15 @@ def _read(store: Path, task: Task) -> Record | None:
 
 def _killed(store: Path, job: _Running, outcome: str, reason: str) -> Record:
     """The record of a child that could not write its own."""
+    seconds = time.perf_counter() - job.start
     return job.task.record(
         outcome,
         reason=reason,
         phase=last_phase(store, job.task),
         provenance=seen(job.task.run),
         started_at=job.started_at,
-        seconds=time.perf_counter() - job.start,
+        seconds=seconds,
+        times=times_of_killed(store, job.task, seconds),
     )
 
 

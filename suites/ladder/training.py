@@ -15,7 +15,7 @@ import numpy as np
 from implementations import parameters, reference
 from implementations.engine import Batch, Engine, Unsupported
 from suites import language_modeling
-from suites.harness import data
+from suites.harness import data, stop
 from suites.harness.measure import InvalidMeasurement, phase, progress, sample
 from suites.harness.record import Sample
 from suites.harness.run import Run
@@ -78,6 +78,7 @@ def _ours(
     checkpointing = run.workload.activation_checkpointing
     engine.start_training(run.optimizer, activation_checkpointing=checkpointing)
     for step, batch in enumerate(batches, start=1):
+        stop.check()
         loss = float(engine.train_step(batch))
         is_mark = step in MARKS or step == len(batches)
         yield loss, engine.parameters() if is_mark else {}
@@ -93,6 +94,7 @@ def _true(
     zeros = {name: np.zeros_like(value) for name, value in params.items()}
     moments = (zeros, zeros)
     for step, batch in enumerate(batches):
+        stop.check()
         loss, grads = reference.loss_and_grad(run.model, params, batch)
         if is_disturbed:
             for name, grad in grads.items():
