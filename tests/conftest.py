@@ -52,7 +52,7 @@ def stub(tmp_path, monkeypatch):
     folder = tmp_path / "site"
     folder.mkdir()
     stub_path(folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(provenance.ROOT))))
     monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(folder)])
     for backend in ("jax", "torch"):
         monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")

@@ -15,7 +15,15 @@ import numpy as np
 from conftest import tiny
 
 from implementations.engine import OptimizerConfig, Unsupported
-from suites.harness.measure import Diverged, InvalidMeasurement, phase, sample
+from suites.harness import checkpoint
+from suites.harness.measure import (
+    Diverged,
+    InvalidMeasurement,
+    phase,
+    progress,
+    sample,
+    stopwatch,
+)
 from suites.harness.record import Sample
 from suites.harness.run import DataConfig, Run, Workload
 
@@ -49,9 +57,16 @@ class Engine:
     def __init__(self, config, *, dtype, kernels, device_kind, seed):
         self.config = config
         self.resolved_kernels = {"linear_scan": "stub", "attention": "stub"}
+        self.value = np.zeros(())
 
     def parameters(self):
         return {"embedding.weight": np.zeros((2, 2), np.float32)}
+
+    def training_state(self):
+        return {"value": self.value}
+
+    def load_training_state(self, state):
+        self.value = state["value"]
 
     def synchronize(self):
         pass
@@ -64,6 +79,13 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     match run.data.name:
         case "sleep":
             time.sleep(0.2)
+        case "repeat":
+            for repeat in range(600):
+                with stopwatch(engine.synchronize):
+                    time.sleep(0.1)
+                progress(repeat + 1, 600)
+        case "train":
+            yield from train(engine, int(run.workload.num_steps))
         case "hang":
             time.sleep(60)
         case "raise":
@@ -90,6 +112,19 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(engine: Engine, num_steps: int) -> Iterator[Sample]:
+    """As language modeling does: a loss a step, 50 ms each, that depends on all steps before."""
+    done, curve, _ = checkpoint.resume(engine)
+    yield from curve
+    for step in range(done + 1, num_steps + 1):
+        time.sleep(0.05)
+        engine.value = engine.value * 1.1 + step
+        curve.append(sample("train_loss", float(engine.value), at=step))
+        yield curve[-1]
+        progress(step, num_steps)
+        checkpoint.save_if_due(engine, step, curve, [])
 
 
 def stub_path(folder: Path) -> Path:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from stub_suite import stub_run
 
-from suites.harness import claims, executors, plan
+from suites.harness import claims, executors, measure, plan
 from suites.harness.cluster import Cluster
-from suites.harness.execute import verdict
+from suites.harness.execute import Task, last_phase, new_attempt, running_progress, verdict
 from suites.harness.executors import Ended
-from suites.harness.record import read_all
+from suites.harness.record import read_all, record_path, write_atomically
 from suites.harness.sweep import sweep
 
 MIB = 2**20
@@ -209,6 +209,143 @@ def test_a_claim_is_exclusive_and_outlives_no_owner(tmp_path):
     assert claims.claim(tmp_path, "a")
     claims.release(tmp_path, "a")
     assert claims.claim(tmp_path, "a")
+
+
+def train_run(num_steps=40):
+    return stub_run("train", workload={"num_steps": num_steps})
+
+
+def without_block(store, run):
+    (planned,) = plan.plan(store, [run])
+    return replace(planned, block=None, order=None)
+
+
+def started(store, run, **options):
+    """A child that has begun to measure, its task and its executor."""
+    task = Task(run=run, build="planned", attempt=new_attempt(), parent_pid=os.getpid())
+    path = record_path(store, run.run_id, f".task-{task.attempt}")
+    write_atomically(path, json.dumps(task.to_json()))
+    executor = executors.Local(store, **options)
+    handle = executor.submit(path)
+    deadline = time.time() + 20
+    while last_phase(store, task) != "measure" and time.time() < deadline:
+        time.sleep(0.01)
+    return executor, handle, task
+
+
+def ended(executor, handle):
+    deadline = time.time() + 20
+    while (end := executor.poll(handle)) is None and time.time() < deadline:
+        executor.wait(0.1)
+    return end
+
+
+def test_a_killed_training_goes_on_and_ends_as_if_it_was_not(stub):
+    run = train_run()
+    for number in range(2):
+        executor, handle, task = started(stub, run, checkpoint_s=0.1)
+        time.sleep(0.5)
+        executor.cancel(handle)
+        assert last_phase(stub, task) == "measure"
+        assert (stub / "checkpoints" / run.run_id / "checkpoint").exists(), number
+    sweep(stub, [without_block(stub, run)], Cluster(name="here", executor="local"))
+    (record,) = read_all(stub)
+    value, want = 0.0, []
+    for step in range(1, 41):
+        value = value * 1.1 + step
+        want.append((step, value))
+    assert [(s.at, s.value) for s in record.samples if s.metric == "train_loss"] == want
+    segments = record.provenance["segments"]
+    assert len(segments) == 3
+    assert [s["start_step"] for s in segments[1:]] == [s["end_step"] for s in segments[:-1]]
+    assert 0 < segments[0]["end_step"] < segments[1]["end_step"] < segments[2]["end_step"] == 40
+    assert {s["host"] for s in segments} == {plan.provenance.node()}
+    assert len({s["attempt"] for s in segments}) == 3
+    assert not (stub / "checkpoints" / run.run_id).exists()
+
+
+@pytest.mark.parametrize("what", ["train", "repeat"])
+def test_a_run_that_is_told_to_stop_ends_as_preempted(stub, what):
+    run = train_run(1000) if what == "train" else stub_run("repeat")
+    executor, handle, _ = started(stub, run)
+    time.sleep(0.3)
+    executor.stop(handle)
+    assert ended(executor, handle).returncode == 0
+    (record,) = read_all(stub)
+    assert (record.outcome, record.phase) == ("preempted", "measure")
+    assert "told to stop (SIGUSR2)" in record.reason
+    kept = stub / "checkpoints" / run.run_id / "checkpoint"
+    assert kept.exists() == (what == "train")
+    if what == "train":
+        (segment,) = record.provenance["segments"]
+        assert f"step {segment['end_step']} is kept" in record.reason
+
+
+def test_sigterm_ends_a_child_without_a_record(stub):
+    executor, handle, _ = started(stub, train_run(1000))
+    os.kill(int(handle), signal.SIGTERM)
+    assert ended(executor, handle).returncode == -signal.SIGTERM
+    assert not list(read_all(stub))
+
+
+def test_times_add_up_to_the_life_of_the_process(stub):
+    start = time.monotonic()
+    executor, handle, _ = started(stub, train_run(20))
+    ended(executor, handle)
+    seconds = time.monotonic() - start
+    (record,) = read_all(stub)
+    assert {"start", "import", "init", "measure", "write"} <= set(record.times)
+    assert sum(record.times.values()) == pytest.approx(record.seconds)
+    assert 0 <= seconds - record.seconds < 0.25  # the record's own writing, and our looking
+    assert record.times["measure"] == pytest.approx(20 * 0.05, abs=0.2)
+    assert record.times["start"] > 0.02  # the interpreter and our imports
+
+
+def test_the_times_of_a_child_that_is_killed_are_known(stub):
+    go(stub, [stub_run("hang")], run_limit_s=2.0)
+    (record,) = read_all(stub)
+    assert record.outcome == "timed_out"
+    assert sum(record.times.values()) == pytest.approx(record.seconds, abs=0.01)
+    assert record.times["measure"] > 1.0
+
+
+def test_a_record_from_before_times_can_be_read(stub):
+    go(stub, [stub_run()])
+    (record,) = read_all(stub)
+    values = record.to_json()
+    del values["times"]
+    assert type(record).from_json(values) == replace(record, times={})
+
+
+def test_a_running_child_says_how_far_it_is(stub):
+    run = train_run(1000)
+    assert running_progress(stub, run.run_id) is None
+    executor, handle, task = started(stub, run)
+    time.sleep(2.5)
+    said = running_progress(stub, run.run_id)
+    executor.cancel(handle)
+    assert said["attempt"] == task.attempt
+    assert (said["phase"], said["total"]) == ("measure", 1000)
+    assert 20 < said["done"] < 100
+    assert said["since"].endswith("+00:00")
+
+
+def test_progress_is_written_now_and_then_and_never_half(tmp_path):
+    path, sizes = tmp_path / "phase.json", set()
+    measure.begin(path)
+    try:
+        measure.phase("measure")
+        before = path.stat().st_mtime_ns
+        for number in range(1000):
+            measure.progress(number, 1000)
+        assert path.stat().st_mtime_ns == before
+        for name in ("write", "evaluate"):
+            measure.phase(name)
+            sizes.add(path.stat().st_size)
+            assert json.loads(path.read_text())["phase"] == name
+    finally:
+        measure.begin(None)
+    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize(

@@ -290,9 +290,3 @@ def _outcome_of(error: Exception) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:500]
-
-
-def running_progress(store: Path, run_id: str) -> dict[str, Any] | None:
-    """What a run that is measured now says of itself."""
-    paths = sorted((store / "runs" / run_id).glob(".phase-*.json"))
-    return {"phase": paths[-1].read_text(encoding="utf-8")} if paths else None
