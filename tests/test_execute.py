@@ -302,7 +302,7 @@ def test_times_add_up_to_the_life_of_the_process(stub):
 
 
 def test_the_times_of_a_child_that_is_killed_are_known(stub):
-    go(stub, [stub_run("hang")], run_limit_s=2.0)
+    go(stub, [stub_run("hang")], run_limit_s=5.0)
     (record,) = read_all(stub)
     assert record.outcome == "timed_out"
     assert sum(record.times.values()) == pytest.approx(record.seconds, abs=0.01)
