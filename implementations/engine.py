@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -175,19 +176,60 @@ class CompileError(Exception):
     """What a compiler refuses, in its words: one line."""
 
 
+def check_num_devices(num_devices: int, batch: Batch | None = None) -> int:
+    """ValueError where there is none, or where they do not share a batch's rows equally."""
+    if num_devices < 1:
+        raise ValueError(f"engine: num_devices={num_devices}; must be at least 1.")
+    if batch is not None and batch.tokens_BT.shape[0] % num_devices:
+        raise ValueError(
+            f"engine: a batch of {batch.tokens_BT.shape[0]} rows does not divide by "
+            f"num_devices={num_devices}."
+        )
+    return num_devices
+
+
+def check_several(kernels: Kernels) -> None:
+    """Unsupported where several devices do not offer what these kernels are for."""
+    if kernels.interpret:
+        raise Unsupported("kernels.interpret=true interprets kernels on one device, not several.")
+
+
+def on_one_device(method: Callable) -> Callable:
+    """A method of an Engine that several devices do not offer."""
+
+    @wraps(method)
+    def checked(self: "Engine", *args, **kwargs):
+        if self.num_devices > 1:
+            raise Unsupported(
+                f"{method.__name__} is for one device: num_devices={self.num_devices} train and "
+                "evaluate alone."
+            )
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class Engine(Protocol):
-    """One model in one framework on one device, its parameters drawn from (config, seed).
+    """One model in one framework, its parameters drawn from (config, seed).
 
     Loss is the mean over scored targets, nats per token. Calls may return before the device is
     done: synchronize() waits. `dtype` is that of activations and matrix products; training keeps
     float32 parameters and moments, prefill and decode use parameters cast to `dtype` once. In
     float64 everything is float64. Raises Unsupported for kernels that the device lacks.
+
+    On several devices (num_devices > 1) training and evaluation are data-parallel: every device
+    holds all parameters and takes its share of a batch's rows, in order. A run may then be several
+    processes (Rank): each is given the whole batch, and gets the whole result. What is said of one
+    device holds of all: the loss is the mean over the targets scored in the whole batch, and
+    gradients are summed over devices before their norm is clipped. The other methods raise
+    Unsupported, and so does a number of devices that is not the one found.
     """
 
     config: ModelConfig
     # kernel setting -> the variant that computes it; program -> compiled or eager
     resolved_kernels: dict[str, str]
     device_name: str
+    num_devices: int
 
     def __init__(
         self,
@@ -196,6 +238,7 @@ class Engine(Protocol):
         dtype: str = "float32",
         kernels: Kernels = Kernels(),
         device_kind: str = CPU,
+        num_devices: int = 1,
         seed: int = 0,
     ) -> None: ...
 
@@ -268,7 +311,8 @@ class Engine(Protocol):
     def synchronize(self) -> None: ...
 
     def peak_memory_bytes(self) -> int | None:
-        """Highest allocation on the device so far; None where the device does not count (a CPU)."""
+        """Highest allocation on the device so far (on the first, where a process holds several);
+        None where the device does not count (a CPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ class Suite:
     seq_len: int
     num_held_out_batches: int
     activation_checkpointing: bool
+    num_devices: int
     rounds: int
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = False
@@ -45,6 +46,7 @@ class Suite:
             num_steps=self.num_steps,
             num_held_out_batches=self.num_held_out_batches,
             activation_checkpointing=self.activation_checkpointing,
+            num_devices=self.num_devices,
         )
 
     def optimizer(self, base: OptimizerConfig, workload: Workload) -> OptimizerConfig:

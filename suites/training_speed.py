@@ -35,6 +35,7 @@ class Suite:
     tokens_per_step: int
     repeats: int
     activation_checkpointing: bool
+    num_devices: int
     rounds: int
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
@@ -48,6 +49,13 @@ class Suite:
                     f"suite.tokens_per_step={self.tokens_per_step} is less than one sequence of "
                     f"suite.seq_lens={seq_len}; raise tokens_per_step, or drop that length."
                 )
+            batch_size = self.tokens_per_step // seq_len
+            if self.num_devices > 1 and batch_size % self.num_devices:
+                raise ValueError(
+                    f"suite.tokens_per_step={self.tokens_per_step} makes {batch_size} sequences of "
+                    f"suite.seq_lens={seq_len}, which suite.num_devices={self.num_devices} does "
+                    "not divide; change one of them."
+                )
         if self.repeats < 1:
             raise ValueError(f"suite.repeats={self.repeats}; must be at least 1.")
 
@@ -59,6 +67,7 @@ class Suite:
                 seq_len=seq_len,
                 repeats=self.repeats,
                 activation_checkpointing=self.activation_checkpointing,
+                num_devices=self.num_devices,
             )
 
     def optimizer(self, base: OptimizerConfig, workload: Workload) -> OptimizerConfig:
@@ -91,12 +100,12 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     limit = peak(engine, run.dtype)
     yield from limit.samples()
     num_tokens = work.batch_size * work.seq_len
-    flops = cost.train_flops_per_token(run.model, work.seq_len) * num_tokens
+    flops = cost.train_flops_per_token(run.model, work.seq_len) * num_tokens / work.num_devices
     for repeat, step_s in enumerate(seconds):
         yield sample("step_time_ms", step_s * 1e3, repeat=repeat)
         yield sample("tokens_per_s", num_tokens / step_s, repeat=repeat)
     for repeat, step_s in enumerate(seconds):
-        if (mfu := limit.mfu(flops, step_s)) is not None:
+        if (mfu := limit.mfu(flops, step_s)) is not None:  # of each device, as its peak is
             yield sample("mfu", mfu, repeat=repeat)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from conftest import tiny
 
 from implementations.engine import OptimizerConfig, Unsupported
+from implementations.rank import Rank
 from suites.harness import checkpoint
 from suites.harness.measure import (
     Diverged,
@@ -54,7 +55,7 @@ class Suite:
 class Engine:
     device_name = "cpu"
 
-    def __init__(self, config, *, dtype, kernels, device_kind, seed):
+    def __init__(self, config, *, dtype, kernels, device_kind, seed, num_devices=1):
         self.config = config
         self.resolved_kernels = {"linear_scan": "stub", "attention": "stub"}
         self.value = np.zeros(())
@@ -112,6 +113,27 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "ranks":
+            yield sample("loss", float(os.environ["AERIE_CORES"].split(",")[0]), at=Rank.of().count)
+        case "kill_rank_2" if Rank.of().index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise_rank_2" if Rank.of().index == 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        case "exit_rank_2" if Rank.of().index == 2:
+            os.write(2, b"cannot open shared object file\n")
+            os._exit(3)
+        case "lose_rank_2" if Rank.of().index == 2:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "lose_rank_2":
+            raise RuntimeError("connection closed by peer")
+        case "kill_rank_2" | "raise_rank_2" | "exit_rank_2":
+            time.sleep(60)  # as in a collective
+        case "kill_rank_0" if Rank.of().index == 0:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "kill_rank_0":
+            time.sleep(60)
 
 
 def train(engine: Engine, num_steps: int) -> Iterator[Sample]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from implementations import parameters
 from implementations.config import ModelConfig
@@ -25,9 +26,12 @@ from implementations.engine import (
     Unsupported,
     auto,
     check_dtype,
+    check_num_devices,
+    check_several,
+    on_one_device,
     platform_of,
 )
-from implementations.jax_backend import model, ops
+from implementations.jax_backend import data_parallel, model, ops
 from implementations.jax_backend.activations import Watched
 from implementations.jax_backend.kernels import attention, linear_scan, rms_norm
 from implementations.jax_backend.kernels.cross_entropy import cross_entropy
@@ -80,10 +84,17 @@ class Engine:
         dtype: str = "float32",
         kernels: Kernels = Kernels(),
         device_kind: str = CPU,
+        num_devices: int = 1,
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, check_dtype(dtype)
-        self.device = find_device(device_kind)
+        self.num_devices = check_num_devices(num_devices)
+        self.mesh: Mesh | None = None
+        if num_devices > 1:
+            check_several(kernels)
+            data_parallel.join(device_kind, num_devices)
+            self.mesh = data_parallel.open_mesh(find_devices(device_kind), num_devices)
+        self.device = find_devices(device_kind, is_local=True)[0]
         if dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         self.kernels, self.resolved_kernels = kernels_of(kernels, device_kind, dtype)
@@ -102,12 +113,15 @@ class Engine:
         names = [spec.name for spec in parameters.param_specs(self.config)]
         self._replace_params(self._on_device({name: values[name] for name in names}))
 
+    @on_one_device
     def logits(self, batch: Batch) -> np.ndarray:
         return np.asarray(_logits(self._compute_params, self._put(batch), **self._settings))
 
+    @on_one_device
     def activations(self, batch: Batch) -> dict[str, np.ndarray]:
         return on_host(_activations(self._compute_params, self._put(batch), **self._settings))
 
+    @on_one_device
     def op(
         self,
         name: str,
@@ -135,6 +149,7 @@ class Engine:
         outputs = dict(zip(op.outputs, outputs, strict=True))
         return on_host(outputs), on_host(dparams), on_host(dinputs)
 
+    @on_one_device
     def prepare_op(
         self,
         name: str,
@@ -162,12 +177,14 @@ class Engine:
 
     def loss_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         loss, grads = _loss_and_grad(
-            self.params, self._put(batch), dtype=self.dtype, **self._settings
+            self.params, self._put_rows(batch), dtype=self.dtype, **self._settings, mesh=self.mesh
         )
         return float(loss), on_host(model.flat(grads))
 
     def evaluate(self, batch: Batch) -> np.ndarray:
-        nll_BT = _evaluate(self._compute_params, self._put(batch), **self._settings)
+        nll_BT = _evaluate(
+            self._compute_params, self._put_rows(batch), **self._settings, mesh=self.mesh
+        )
         return np.asarray(nll_BT, np.float32)
 
     def start_training(
@@ -177,14 +194,13 @@ class Engine:
             "optimizer": optimizer,
             "dtype": self.dtype,
             "activation_checkpointing": activation_checkpointing,
+            "mesh": self.mesh,
         }
-        self._optimizer_state = jax.device_put(
-            adamw(optimizer, self.config).init(self.params), self.device
-        )
+        self._optimizer_state = self._put(adamw(optimizer, self.config).init(self.params))
 
     def train_step(self, batch: Batch) -> Array:
         params, self._optimizer_state, loss = train_program(
-            self.params, self._optimizer_state, self._put(batch), **self._train_settings
+            self.params, self._optimizer_state, self._put_rows(batch), **self._train_settings
         )
         self._replace_params(params)
         self._latest = loss
@@ -214,8 +230,9 @@ class Engine:
             nu=part("second_moment."),
         )
         # The count stands in two places of the state: donated, each needs a buffer of its own.
-        self._optimizer_state = jax.device_put(jax.tree.map(jnp.array, loaded), self.device)
+        self._optimizer_state = self._put(jax.tree.map(jnp.array, loaded))
 
+    @on_one_device
     def prefill(
         self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None
     ) -> tuple[Array, tuple]:
@@ -227,6 +244,7 @@ class Engine:
         self._latest = _next_token(logits_BTV)
         return self._latest, cache
 
+    @on_one_device
     def empty_cache(self, batch_size: int, *, capacity: int) -> tuple:
         """(states of every layer, position_B): positions are counted on the host."""
         with jax.default_device(self.device):
@@ -234,10 +252,12 @@ class Engine:
         # put there, as the states that programs return: else each length would be compiled twice
         return self._put(states), np.zeros(batch_size, np.int32)
 
+    @on_one_device
     def extend(self, tokens_BT: np.ndarray, cache: tuple) -> tuple[np.ndarray, tuple]:
         logits_BTV, cache = self._extend(tokens_BT, cache, is_last_only=False)
         return np.asarray(logits_BTV), cache
 
+    @on_one_device
     def decode(self, token_B: Array, cache: tuple, *, num_tokens: int) -> tuple[Array, tuple]:
         states, position_B = cache
         self._check_room(cache, num_tokens)
@@ -274,10 +294,20 @@ class Engine:
 
     def _on_device(self, values: dict[str, np.ndarray]) -> dict:
         tree = model.nested({n: np.array(v, self.master_dtype) for n, v in values.items()})
-        return jax.device_put(tree, self.device)
+        return self._put(tree)
 
     def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self.device)
+        """On the device; on all of several."""
+        if self.mesh is None:
+            return jax.device_put(tree, self.device)
+        return data_parallel.put(tree, self.mesh, data_parallel.WHOLE)
+
+    def _put_rows(self, batch: Batch) -> Batch:
+        """On the device; on each of several its rows."""
+        if self.mesh is None:
+            return self._put(batch)
+        check_num_devices(self.num_devices, batch)
+        return data_parallel.put(batch, self.mesh, data_parallel.ROWS)
 
     def _extend(self, tokens_BT: np.ndarray, cache: tuple, *, is_last_only: bool) -> tuple:
         states, position_B = cache
@@ -304,21 +334,22 @@ class Engine:
                 raise ValueError(f"the cache holds capacity={capacity} positions, not {end}.")
 
 
-def find_device(device_kind: str) -> jax.Device:
-    """The first device of a kind: cpu, gpu, tpu, a TPU's (v5e), or part of a GPU's name (h200)."""
-    if device_kind == CPU:
-        return jax.devices(CPU)[0]
-    wanted, devices = device_kind.lower(), jax.devices()
-    for device in devices:
-        is_named = (
-            device.device_kind == DEVICE_NAMES[wanted]
-            if wanted in DEVICE_NAMES
-            else wanted in device.device_kind.lower()
-        )
-        if wanted == device.platform or is_named:
-            return device
-    found = ", ".join(sorted({device.device_kind for device in devices}))
-    raise Unsupported(f"JAX finds no device {device_kind!r} here; it finds: {found}.")
+def find_devices(device_kind: str, *, is_local: bool = False) -> list[jax.Device]:
+    """All devices of a kind: cpu, gpu, tpu, a TPU's (v5e), or part of a GPU's name (h200); or
+    those of them that are this process's own."""
+    devices = jax.devices(CPU) if device_kind == CPU else jax.devices()
+    found = [device for device in devices if device_kind == CPU or is_kind(device, device_kind)]
+    if not found:
+        names = ", ".join(sorted({device.device_kind for device in devices}))
+        raise Unsupported(f"JAX finds no device {device_kind!r} here; it finds: {names}.")
+    return [d for d in found if d.process_index == jax.process_index()] if is_local else found
+
+
+def is_kind(device: jax.Device, device_kind: str) -> bool:
+    wanted, name = device_kind.lower(), device.device_kind
+    if wanted in DEVICE_NAMES:
+        return name == DEVICE_NAMES[wanted]
+    return wanted == device.platform or wanted in name.lower()
 
 
 def on_host(values: dict[str, Array]) -> dict[str, np.ndarray]:
@@ -360,10 +391,13 @@ def _logits(params: dict, batch: Batch, **settings) -> Array:
     return model.logits(params, batch, **settings)
 
 
-@program(static=("config", "kernels"))
-def _evaluate(params: dict, batch: Batch, **settings) -> Array:
-    logits_BTV = model.logits(params, batch, **settings)
-    return cross_entropy(logits_BTV, batch.targets_BT, settings["kernels"].layers)
+@program(static=("config", "kernels", "mesh"))
+def _evaluate(params: dict, batch: Batch, *, mesh: Mesh | None, **settings) -> Array:
+    def evaluate(params: dict, batch: Batch) -> Array:
+        logits_BTV = model.logits(params, batch, **settings)
+        return cross_entropy(logits_BTV, batch.targets_BT, settings["kernels"].layers)
+
+    return data_parallel.gathered(evaluate, mesh)(params, batch)
 
 
 @program(static=("config", "kernels"))
@@ -393,19 +427,32 @@ def _timed_op(
     return ops.timed(name, settings, inputs, integers, doutputs)
 
 
-@program(static=("config", "kernels", "dtype"))
+@program(static=("config", "kernels", "dtype", "mesh"))
 def _loss_and_grad(params: dict, batch: Batch, **settings) -> tuple[Array, dict]:
-    return jax.value_and_grad(model.loss)(params, batch, **settings)
+    return loss_and_grad(params, batch, **settings)
+
+
+def loss_and_grad(
+    params: dict, batch: Batch, *, mesh: Mesh | None, **settings
+) -> tuple[Array, dict]:
+    compute = jax.value_and_grad(partial(model.loss, **settings))
+    return data_parallel.summed(compute, mesh)(params, batch)
 
 
 @program(
-    static=("config", "kernels", "dtype", "optimizer", "activation_checkpointing"),
+    static=("config", "kernels", "dtype", "optimizer", "activation_checkpointing", "mesh"),
     donated=("params", "state"),
 )
 def train_program(
-    params: dict, state: tuple, batch: Batch, *, optimizer: OptimizerConfig, **settings
+    params: dict,
+    state: tuple,
+    batch: Batch,
+    *,
+    optimizer: OptimizerConfig,
+    mesh: Mesh | None = None,
+    **settings,
 ) -> tuple[dict, tuple, Array]:
-    loss, grads = jax.value_and_grad(model.loss)(params, batch, **settings)
+    loss, grads = loss_and_grad(params, batch, mesh=mesh, **settings)
     updates, state = adamw(optimizer, settings["config"]).update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 

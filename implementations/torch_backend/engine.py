@@ -23,9 +23,12 @@ from implementations.engine import (
     Unsupported,
     auto,
     check_dtype,
+    check_num_devices,
+    check_several,
+    on_one_device,
 )
 from implementations.ops import OPS
-from implementations.torch_backend import model, ops
+from implementations.torch_backend import data_parallel, model, ops
 from implementations.torch_backend.activations import watched
 from implementations.torch_backend.kernels import attention, interpreter, linear_scan, rms_norm
 from implementations.torch_backend.layers import exact
@@ -92,9 +95,14 @@ class Engine:
         dtype: str = "float32",
         kernels: Kernels = Kernels(),
         device_kind: str = CPU,
+        num_devices: int = 1,
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
+        self.num_devices = check_num_devices(num_devices)
+        if num_devices > 1:
+            check_several(kernels)
+            data_parallel.choose_device(device_kind, num_devices)
         self.device = find_device(device_kind)
         resolved = resolve(kernels, device_kind, dtype)
         if kernels.interpret:
@@ -116,6 +124,8 @@ class Engine:
         self._decode_step = self._compiled(decode_step, DECODE_OPTIONS[self.device.type])
         self._settings = repr((config, resolved, dtype))
         self._optimizer: torch.optim.AdamW | None = None
+        if num_devices > 1:
+            data_parallel.join(self.device)
         self.load_parameters(parameters.draw(config, seed))
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -126,11 +136,13 @@ class Engine:
         write(self._params, values)
         self._drop_cast()
 
+    @on_one_device
     def logits(self, batch: Batch) -> np.ndarray:
         with torch.inference_mode():
             tokens_BT, _, position_BT = self._put(batch)
             return self._compute_model.logits(tokens_BT, position_BT).cpu().numpy()
 
+    @on_one_device
     @torch.inference_mode()
     def activations(self, batch: Batch) -> dict[str, np.ndarray]:
         tokens_BT, _, position_BT = self._put(batch)
@@ -139,6 +151,7 @@ class Engine:
         given = {"embedding": found["layers.0.input"], "logits": self._compute_model.unembed(x_BTD)}
         return on_host(found | given)  # a module of two functions has no hook
 
+    @on_one_device
     def op(
         self,
         name: str,
@@ -166,6 +179,7 @@ class Engine:
         outputs = dict(zip(op.outputs, outputs, strict=True))
         return on_host(outputs), on_host(dparams), on_host(dinputs)
 
+    @on_one_device
     def prepare_op(
         self,
         name: str,
@@ -212,7 +226,10 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> np.ndarray:
         with torch.inference_mode():
-            return self._compute_model.evaluate(*self._put(batch)).float().cpu().numpy()
+            nll_BT = self._compute_model.evaluate(*self._put(self._rows(batch))).float()
+            if self.num_devices > 1:
+                nll_BT = data_parallel.gathered(nll_BT)
+            return nll_BT.cpu().numpy()
 
     def start_training(
         self, optimizer: OptimizerConfig, *, activation_checkpointing: bool = False
@@ -254,6 +271,7 @@ class Engine:
         for parameter in self._params.values():
             self._optimizer.state[parameter]["step"].fill_(self._step)
 
+    @on_one_device
     @torch.inference_mode()
     def prefill(
         self, prompt_BT: np.ndarray, *, capacity: int, chunk_len: int | None = None
@@ -264,15 +282,18 @@ class Engine:
             x_BTD, cache = self._extend(prompt_BT[:, start : start + (chunk_len or T)], cache)
         return next_token(self._compute_model, x_BTD), cache
 
+    @on_one_device
     def empty_cache(self, batch_size: int, *, capacity: int) -> Cache:
         states = model.empty_states(self.config, batch_size, capacity, self.dtype, self.device)
         return Cache(states, 0)
 
+    @on_one_device
     @torch.inference_mode()
     def extend(self, tokens_BT: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         x_BTD, cache = self._extend(tokens_BT, cache)
         return self._compute_model.unembed(x_BTD).cpu().numpy(), cache
 
+    @on_one_device
     @torch.inference_mode()
     def decode(self, token_B: Any, cache: Cache, *, num_tokens: int) -> tuple[Tensor, Cache]:
         self._check_room(cache, num_tokens)
@@ -346,9 +367,19 @@ class Engine:
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
     def _backward(self, batch: Batch, *, activation_checkpointing: bool) -> Tensor:
-        loss = self._loss(*self._put(batch), activation_checkpointing)
+        rows = self._rows(batch)
+        loss = self._loss(*self._put(rows), activation_checkpointing)
         loss.backward()
-        return loss.detach()
+        loss = loss.detach()
+        if self.num_devices > 1:
+            loss = data_parallel.summed(loss, list(self.model.parameters()), rows, batch)
+        return loss
+
+    def _rows(self, batch: Batch) -> Batch:
+        """What this device computes of a batch."""
+        if self.num_devices == 1:
+            return batch
+        return data_parallel.rows(batch, check_num_devices(self.num_devices, batch))
 
     def _extend(self, tokens_BT: np.ndarray, cache: Cache) -> tuple[Tensor, Cache]:
         B, T = tokens_BT.shape

@@ -24,6 +24,7 @@ from implementations.engine import (
     OptimizerConfig,
     Unsupported,
     check_dtype,
+    check_num_devices,
 )
 from implementations.transformers_backend import weights
 
@@ -68,9 +69,13 @@ class Engine:
         dtype: str = "float32",
         kernels: Kernels = Kernels(),
         device_kind: str = CPU,
+        num_devices: int = 1,
         seed: int = 0,
     ) -> None:
         self.config, self.dtype = config, getattr(torch, check_dtype(dtype))
+        if check_num_devices(num_devices) > 1:
+            raise Unsupported(f"backend 'transformers' runs on one device: not {num_devices}.")
+        self.num_devices = num_devices
         weights.check(config)
         for op, names in OFFERED.items():
             if getattr(kernels, op) not in names:

@@ -40,6 +40,7 @@ class Keeper:
     folder: Path
     run: Run
     segment: dict[str, Any]  # where and when this process runs
+    saves: bool = True  # of several ranks the first; the others resume from what it saved
     segments: list[dict[str, Any]] = field(default_factory=list)  # of the processes before it
     notes: list[str] = field(default_factory=list)
     step: int = 0  # done so far
@@ -52,8 +53,9 @@ class Keeper:
         return self.folder / "checkpoint"
 
     def resume(self, engine: Engine) -> tuple[int, list[Sample], list[float]]:
-        for leftover in self.folder.glob(".tmp-*"):  # of a process that was killed while saving
-            leftover.unlink(missing_ok=True)
+        if self.saves:
+            for leftover in self.folder.glob(".tmp-*"):  # of a process that was killed while saving
+                leftover.unlink(missing_ok=True)
         self.start_step, samples, losses = 0, [], []
         try:
             head, arrays = read(self.path)
@@ -76,6 +78,8 @@ class Keeper:
         self, engine: Engine, step: int, samples: Iterable[Sample], losses: Iterable[Any]
     ) -> None:
         self.step = step
+        if not self.saves:
+            return
         is_told = stop.is_told()
         if step > self.saved_step and (is_told or time.monotonic() >= self.due):
             with measure.counted_as("write"):
@@ -136,10 +140,10 @@ class Keeper:
 _keeper: Keeper | None = None
 
 
-def keep(store: Path, run: Run, segment: dict[str, Any]) -> Keeper:
+def keep(store: Path, run: Run, segment: dict[str, Any], *, saves: bool = True) -> Keeper:
     """From now on resume() and save_if_due() are about this run."""
     global _keeper
-    _keeper = Keeper(store / "checkpoints" / run.run_id, run, segment)
+    _keeper = Keeper(store / "checkpoints" / run.run_id, run, segment, saves)
     return _keeper
 
 

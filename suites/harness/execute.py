@@ -9,11 +9,13 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 import traceback
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from implementations.engine import (
     load_compiler,
     load_engine,
 )
-from suites.harness import checkpoint, data, measure, provenance, stop
+from implementations.rank import Rank
+from suites.harness import checkpoint, data, measure, provenance, ranks, stop
 from suites.harness.executors import Ended
 from suites.harness.record import PHASES, Record, Sample, record_path, write
 from suites.harness.run import Run
@@ -87,16 +90,46 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def execute(store: Path, task: Task, started: float | None = None) -> Record:
+def execute(
+    store: Path,
+    task: Task,
+    started: float | None = None,
+    others: ranks.Others | None = None,
+) -> Record:
     """Runs the task, writes its record, returns it. This process was started at `started` of
-    time.monotonic(), which is one clock for all processes of a machine."""
+    time.monotonic(), which is one clock for all processes of a machine. Of several ranks the first
+    alone writes."""
     started_at = utc_now()
-    measure.begin(phase_path(store, task), started)
+    is_first = Rank.of().index == 0
+    measure.begin(phase_path(store, task) if is_first else None, started)
     task = replace(task, build=build_now(task.run))  # code may have changed since the plan
-    keeper = checkpoint.keep(store, task.run, _segment(task, started_at))
+    keeper = checkpoint.keep(store, task.run, _segment(task, started_at), saves=is_first)
     samples: list[Sample] = []
     found: dict[str, Any] = {}
-    outcome, reason = "completed", None
+
+    def made(outcome: str, reason: str | None, phase: str) -> Record:
+        measure.phase("write")
+        times = measure.times()
+        return task.record(
+            outcome,
+            reason=reason,
+            phase=None if outcome == "completed" else phase,
+            provenance=seen(task.run) | found | keeper.found(),
+            samples=tuple(samples),
+            started_at=started_at,
+            seconds=sum(times.values()),
+            times=times,
+        )
+
+    def leave(record: Record) -> None:
+        write(store, record)
+        if record.outcome not in GOES_ON:
+            keeper.remove()
+
+    blame = partial(_blame, store, task, provenance.num_out_of_memory_kills())
+    if others is not None:
+        others.watch(lambda *death: leave(made(*blame(*death))))
+    outcome, reason, trace = "completed", None, ""
     try:
         _measure(task.run, samples, found)
     except stop.Stopped as error:
@@ -113,26 +146,44 @@ def execute(store: Path, task: Task, started: float | None = None) -> Record:
         outcome, reason = "compile_error", str(error)
     except Exception as error:
         outcome, reason = _outcome_of(error), f"{type(error).__name__}: {_first_line(error)}"
+        trace = traceback.format_exc()
+    end = (outcome, reason, measure.current_phase())
+    if not is_first:
+        if outcome != "completed":
+            sys.stderr.write(trace)
+            ranks.report(*end)
+        return made(*end)
+    if others is not None:
+        # a collective that fails is most often that of a rank that has died
+        if outcome == "failed" and (death := others.death()) is not None:
+            end = blame(*death)
+        others.let_go()
+    if trace:
         path = record_path(store, task.run.run_id, task.attempt).with_suffix(".traceback.txt")
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-    phase = None if outcome == "completed" else measure.current_phase()
-    measure.phase("write")
-    found = seen(task.run) | found | keeper.found()
-    times = measure.times()
-    record = task.record(
-        outcome,
-        reason=reason,
-        phase=phase,
-        provenance=found,
-        samples=tuple(samples),
-        started_at=started_at,
-        seconds=sum(times.values()),
-        times=times,
-    )
-    write(store, record)
-    if outcome not in GOES_ON:
-        keeper.remove()
+        path.write_text(trace, encoding="utf-8")
+    record = made(*end)
+    leave(record)
     return record
+
+
+def _blame(
+    store: Path,
+    task: Task,
+    kills_before: int | None,
+    rank: int,
+    returncode: int,
+    report: dict[str, Any],
+) -> tuple[str, str, str]:
+    """Outcome, reason and phase of a run that ends with the death of one of its ranks."""
+    if report:
+        return report["outcome"], f"rank {rank}: {report['reason']}", report["phase"]
+    kills = provenance.num_out_of_memory_kills()
+    if kills is not None and kills_before is not None:
+        kills -= kills_before
+    log = record_path(store, task.run.run_id, task.attempt).with_suffix(".log")
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    outcome, reason = verdict(Ended(returncode, num_out_of_memory_kills=kills), text)
+    return outcome, f"rank {rank}: {reason}", measure.current_phase()
 
 
 def build_now(run: Run) -> str:
@@ -254,7 +305,8 @@ def _open(kind: type[Engine] | type[Compiler], run: Run) -> Engine | Compiler:
     settings = {"dtype": run.dtype, "kernels": run.kernels}
     if run.workload.topology is not None:
         return kind(run.model, topology=run.workload.topology, **settings)
-    engine = kind(run.model, device_kind=run.device_kind, seed=run.seed, **settings)
+    where = {"device_kind": run.device_kind, "num_devices": run.workload.num_devices}
+    engine = kind(run.model, seed=run.seed, **where, **settings)
     engine.synchronize()
     return engine
 

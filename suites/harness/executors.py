@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Protocol
 
 from implementations.engine import CPU
-from suites.harness import provenance, topology
+from suites.harness import provenance, ranks, topology
 from suites.harness.checkpoint import INTERVAL_S, INTERVAL_VARIABLE
+from suites.harness.devices import devices_environment
 from suites.harness.run import Run
 
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
@@ -41,7 +42,8 @@ class Executor(Protocol):
     """Carries tasks to where they run. Handles are strings and stay valid until polled as ended."""
 
     def submit(self, task: Path, slot: int = 0) -> str:
-        """Starts the task on the share of the machine that has this number."""
+        """Starts the task on the share of the machine that has this number. Raises Unsupported
+        where that share lacks the devices that the run asks for."""
 
     def poll(self, handle: str) -> Ended | None:
         """None while it waits or runs."""
@@ -81,11 +83,11 @@ class Local:
     _logs: dict[str, Path] = field(default_factory=dict)
 
     def submit(self, task: Path, slot: int = 0) -> str:
-        cores = provenance.cores()
-        share = max(len(cores) // self.num_slots, 1)
-        mine = [cores[(slot * share + i) % len(cores)] for i in range(share)]
+        mine = ranks.share(provenance.cores(), slot, self.num_slots)
         log = task.with_name(task.name.removeprefix(".task-")).with_suffix(".log")
-        run, dumps = _run_of(task), None
+        run, dumps, seen = _run_of(task), None, {}
+        if run.workload.topology is None:
+            seen = devices_environment(run.device_kind, slot, run.workload.num_devices, os.environ)
         if run.workload.topology and run.workload.phase == "kernel":
             dumps = tempfile.TemporaryDirectory(prefix="aerie-dumps-")
         python = self.python.get(run.backend, sys.executable)
@@ -97,6 +99,7 @@ class Local:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment(mine, run, dumps and dumps.name)
+                | seen
                 | {
                     TENSORS_VARIABLE: str(log.with_suffix(".npz")),
                     INTERVAL_VARIABLE: str(self.checkpoint_s),
@@ -159,12 +162,7 @@ class Local:
 def environment(cores: list[int], run: Run, dumps: str | None = None) -> dict[str, str]:
     """The child's environment: threads pinned, full float32 products, caches on local disk."""
     caches = Path(tempfile.gettempdir()) / f"aerie-cache-{os.getuid()}"
-    threads = str(len(cores))
-    pinned = {
-        "AERIE_CORES": ",".join(map(str, cores)),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
+    pinned = ranks.pinned(cores) | {
         # our own code, and not another checkout's that the command was started in
         "PYTHONPATH": os.pathsep.join(filter(None, (str(provenance.ROOT), *_python_path()))),
         "PYTHONSAFEPATH": "1",

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from implementations.engine import CPU, Engine
+from implementations.rank import Rank
 from suites.harness import stop
 from suites.harness.record import METRICS, PHASES, Sample
 
@@ -319,12 +320,16 @@ def find_device(device_name: str) -> Device | None:
 
 
 def peak(engine: Engine, dtype: str) -> Peak:
-    """The data sheet's peak of the engine's device; a CPU's is measured, which takes about 0.3 s.
+    """The data sheet's peak of one of the engine's devices; a CPU's is measured, which takes about
+    0.3 s. Devices that a process makes of its cores have each their share of what it measures.
 
     Measure it last: its buffers would count as the run's memory.
     """
     if engine.device_name == CPU:
-        return Peak(MEASURED, measured_flops_per_s(dtype), measured_bytes_per_s())
+        share = Rank.of().count / engine.num_devices
+        flops_per_s = measured_flops_per_s(dtype)
+        flops_per_s = None if flops_per_s is None else flops_per_s * share
+        return Peak(MEASURED, flops_per_s, measured_bytes_per_s() * share)
     known = find_device(engine.device_name)
     if known is None:  # what NumPy could measure here is another device
         return Peak("unknown", None, None)

@@ -61,6 +61,7 @@ class Planned:
             "phase": run.workload.phase,
             "op": run.workload.op or None,
             "batch_size": run.workload.batch_size,
+            "num_devices": run.workload.num_devices,
             "seq_len": run.workload.seq_len or None,
             "prompt_len": run.workload.prompt_len or None,
             "num_new_tokens": run.workload.num_new_tokens or None,
@@ -294,7 +295,7 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         cache = {"batch_size": 1, "capacity": CONTEXT}
         memory = cost.train_memory_bytes(
             model,
-            batch_size=work.batch_size,
+            batch_size=work.batch_size // work.num_devices,  # of one device
             seq_len=length,
             dtype=dtype,
             activation_checkpointing=work.activation_checkpointing,
@@ -379,4 +380,5 @@ def workload_text(work: Workload) -> str:
         text += f" + {work.num_new_tokens}" if work.num_new_tokens else ""
     else:
         text = f"{work.batch_size} x {work.seq_len}" if work.seq_len else f"batch {work.batch_size}"
+        text += f" on {work.num_devices} devices" if work.num_devices > 1 else ""
     return text if work.topology is None else f"{work.phase} {text} on {work.topology}"

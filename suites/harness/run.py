@@ -30,6 +30,7 @@ class Workload:
     levels: tuple[str, ...] = ()  # of the parity ladder; empty: those of the gate
     topology: str | None = None  # of TPUs that are not here: compiled for, and not run
     op: str = ""  # that is timed alone; in the phase train with its gradients
+    num_devices: int = 1  # of one node, that share each batch's rows
 
     def __post_init__(self) -> None:
         choose("phase", self.phase, PHASES, "workload")
@@ -38,6 +39,13 @@ class Workload:
         for name in ("seq_len", "prompt_len", "num_new_tokens", "num_steps", "repeats"):
             if getattr(self, name) < 0:
                 raise ValueError(f"workload: {name}={getattr(self, name)}; must not be negative.")
+        if self.num_devices < 1:
+            raise ValueError(f"workload: num_devices={self.num_devices}; must be at least 1.")
+        if self.batch_size % self.num_devices:
+            raise ValueError(
+                f"workload: batch_size={self.batch_size} does not divide by "
+                f"num_devices={self.num_devices}; every device takes as many sequences."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,8 @@ class Run:
             del values["workload"]["topology"]
         if not self.workload.op:
             del values["workload"]["op"]
+        if self.workload.num_devices == 1:
+            del values["workload"]["num_devices"]
         if self.kernels.layers == "auto":  # runs from before this setting keep their ids
             del values["kernels"]["layers"]
         return values

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from implementations.engine import Unsupported
 from suites.harness import claims, plan
 from suites.harness.cluster import Cluster
 from suites.harness.execute import (
@@ -133,8 +134,11 @@ def sweep(
         job = _job(store, planned, task, slot)
         try:
             running[executor.submit(job.path, slot)] = job
-        except OSError as error:  # an interpreter that is not there
-            record = _killed(store, job, "failed", f"cannot be started: {error}")
+        except (OSError, Unsupported) as error:  # an interpreter or devices that are not there
+            is_unsupported = isinstance(error, Unsupported)
+            outcome = "unsupported" if is_unsupported else "failed"
+            reason = str(error) if is_unsupported else f"cannot be started: {error}"
+            record = _killed(store, job, outcome, reason)
             write(store, record)
             running[""] = job
             end("", record)
