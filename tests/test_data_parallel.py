@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from test_execute import go, stub  # noqa: F401, a fixture
 from implementations import cost
 from implementations.engine import Batch, Kernels, Unsupported, load_engine
 from implementations.rank import Rank
+from suites import compose
 from suites.harness import plan, ranks
 from suites.harness.devices import devices_environment
 from suites.harness.record import read_all
@@ -198,14 +200,17 @@ def ranks_alive() -> list[int]:
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            environ = (place / "environ").read_bytes().split(b"\0")
-            is_zombie = ") Z " in (place / "stat").read_text()
+            is_rank = ranks.PARENT in environ_of(int(place.name))
+            if is_rank and ") Z " not in (place / "stat").read_text():
+                found.append(int(place.name))
         except OSError:
             continue
-        parent = [item for item in environ if item.startswith(ranks.PARENT.encode())]
-        if parent and b"AERIE_RANK=" in b"".join(environ) and not is_zombie:
-            found.append(int(place.name))
     return found
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
 
 
 def test_several_ranks_leave_one_record(stub):  # noqa: F811
@@ -246,39 +251,13 @@ def test_ranks_share_the_cores_of_the_run():
     assert few == [[0], [1], [0], [1]]
 
 
-@pytest.mark.slow  # real runs: each rank imports its framework
-def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path):
-    store = tmp_path / "store"
-    command = [sys.executable, "-m", "suites", "run", "--results", str(store), *OVERRIDES["torch"]]
-    command += ["suite=language_modeling", "suite.seeds=[0]", "suite.num_steps=100000"]
-    sweep = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    try:
-        deadline = time.monotonic() + 60
-        while not any(p.read_text() == "measure" for p in store.glob("runs/*/.phase-*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        victim = next(
-            pid
-            for pid in ranks_alive()
-            if b"AERIE_RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes()
-        )
-        os.kill(victim, signal.SIGKILL)
-        start = time.monotonic()
-        sweep.wait(timeout=60)
-        assert time.monotonic() - start < 15
-    finally:
-        sweep.kill()
-    (record,) = read_all(store)
-    assert record.outcome == "failed"
-    assert record.reason.startswith("rank 2: killed by SIGKILL"), record.reason
-    assert record.phase == "measure"
+def real_runs(suite: str, *overrides: str) -> list[Run]:
+    shared = [f"suite={suite}", "suite.num_devices=4", "family=griffin", "size=tiny", "data=random"]
+    request = compose.read([*shared, *overrides])
+    return [run for settings in request.settings for run in plan.expand(settings)]
 
 
-OVERRIDES = {
-    backend: [f"backend={backend}", "family=griffin", "size=tiny", "suite.num_devices=4"]
-    for backend in BACKENDS
-}
-SUITES = {
+SHORT = {
     "training_speed": ["suite.seq_lens=[32]", "suite.tokens_per_step=256", "suite.rounds=1",
                        "suite.repeats=2"],
     "language_modeling": ["suite.num_steps=4", "suite.seq_len=32", "suite.seeds=[0]",
@@ -287,13 +266,34 @@ SUITES = {
 
 
 @pytest.mark.slow  # real runs: each rank imports its framework
-@pytest.mark.parametrize("suite", SUITES)
+def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path):
+    """Steps without end: the other ranks wait for the one that is gone."""
+    endless = [*SHORT["training_speed"], "suite.repeats=1000000", "backend=torch"]
+    killed_at = []
+
+    def kill_rank_2() -> None:
+        while not any(p.read_text() == "measure" for p in tmp_path.glob("runs/*/.phase-*")):
+            time.sleep(0.1)
+        time.sleep(1.0)
+        ours = [pid for pid in ranks_alive() if Rank.of(environ_of(pid)).index == 2]
+        killed_at.append(time.monotonic())
+        os.kill(ours[0], signal.SIGKILL)
+
+    threading.Thread(target=kill_rank_2, daemon=True).start()
+    go(tmp_path, real_runs("training_speed", *endless), run_limit_s=120.0)
+    assert time.monotonic() - killed_at[0] < 15
+    (record,) = read_all(tmp_path)
+    assert record.outcome == "failed"
+    assert record.reason.startswith("rank 2: killed by SIGKILL"), record.reason
+    assert record.phase == "measure"
+    assert ranks_alive() == []
+
+
+@pytest.mark.slow  # real runs: each rank imports its framework
+@pytest.mark.parametrize("suite", SHORT)
 def test_runs_on_four_devices_complete(suite, tmp_path):
-    command = [sys.executable, "-m", "suites", "run", "--results", str(tmp_path)]
-    both = [*OVERRIDES["torch"], "backend=torch,jax", f"suite={suite}", *SUITES[suite]]
-    command += [item for item in both if item != "backend=torch"]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    records = [r for r in read_all(tmp_path) if r.run["suite"] == suite]
+    go(tmp_path, real_runs(suite, "backend=torch,jax", *SHORT[suite]), run_limit_s=120.0)
+    records = list(read_all(tmp_path))
     assert {r.run["backend"]: r.outcome for r in records} == dict.fromkeys(BACKENDS, "completed")
     if suite == "language_modeling":
         losses = [s.value for r in records for s in r.samples if s.metric == "loss"]
