@@ -16,7 +16,7 @@ import pytest
 from conftest import BACKENDS, tiny
 from data_parallel_cases import MODELS, batches, compute
 from stub_suite import stub_run
-from test_execute import go, stub  # noqa: F401, a fixture
+from test_execute import go
 
 from implementations import cost
 from implementations.engine import Batch, Kernels, Unsupported, load_engine
@@ -213,7 +213,7 @@ def environ_of(pid: int) -> dict[str, str]:
     return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
 
 
-def test_several_ranks_leave_one_record(stub):  # noqa: F811
+def test_several_ranks_leave_one_record(stub):
     record, _ = ended(stub, "ranks")
     assert record.outcome == "completed", record.reason
     assert [s.at for s in record.samples if s.metric == "loss"] == [4]
@@ -232,7 +232,7 @@ def test_several_ranks_leave_one_record(stub):  # noqa: F811
         ("kill_rank_0", "failed", "killed by SIGKILL"),
     ],
 )
-def test_a_rank_that_dies_ends_the_run_within_seconds(stub, what, outcome, reason):  # noqa: F811
+def test_a_rank_that_dies_ends_the_run_within_seconds(stub, what, outcome, reason):
     record, seconds = ended(stub, what)
     assert record.outcome == outcome, record.reason
     assert re.search(reason, record.reason), record.reason
@@ -357,7 +357,7 @@ def test_chips_that_make_no_part_of_a_host_are_refused():
         devices_environment("v5e", 0, 3, {})
 
 
-def test_a_run_without_its_devices_ends_as_unsupported(stub, monkeypatch):  # noqa: F811
+def test_a_run_without_its_devices_ends_as_unsupported(stub, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a1")
     run = stub_run("done", device_kind="h100", workload={"batch_size": 2, "num_devices": 2})
     go(stub, [run])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from implementations.engine import CPU
 from suites.harness.cluster import Cluster
 from suites.harness.estimate import NOTHING, Seconds
 from suites.harness.plan import Planned, load_suite
@@ -75,17 +76,21 @@ def pack(
 ) -> Packed:
     """Jobs of `runs_per_job` units, or more where `room`, the jobs that the queue still takes,
     demands it; never more than a job has time for, as far as the estimate knows. What is beyond
-    the room is left. Timing runs and others do not share a job."""
-    by_kind: dict[bool, list[list[Planned]]] = {}
+    the room is left. What runs on other numbers of devices, or times and does not time, does not
+    share a job."""
+    by_kind: dict[tuple, list[list[Planned]]] = {}
     for unit in units(list(runs)):
-        by_kind.setdefault(load_suite(unit[0].run.suite).is_timing, []).append(unit)
+        run = unit[0].run
+        kind = (load_suite(run.suite).is_timing, run.workload.num_devices)
+        by_kind.setdefault(kind, []).append(unit)
     num_units = sum(map(len, by_kind.values()))
     per_job = cluster.runs_per_job
     if room:
         per_job = max(per_job, math.ceil(num_units / max(room - len(by_kind) + 1, 1)))
     jobs = []
-    for is_timing, members in by_kind.items():
-        jobs += _filled(members, cluster, per_job, num_lanes(cluster, is_timing), seconds)
+    for members in by_kind.values():
+        lanes = num_lanes(cluster, members[0][0].run)
+        jobs += _filled(members, cluster, per_job, lanes, seconds)
     room = len(jobs) if room is None else room
     kept, rest = jobs[:room], jobs[room:]
     size = max_array_size or MAX_ARRAY_SIZE
@@ -93,13 +98,18 @@ def pack(
     return Packed(cluster, arrays, [item for job in rest for item in job.runs])
 
 
-def num_lanes(cluster: Cluster, is_timing: bool) -> int:
-    """Units that a job runs side by side."""
-    return 1 if is_timing and not cluster.is_exclusive else cluster.runs_in_parallel
+def num_lanes(cluster: Cluster, run: Run) -> int:
+    """Units like this one that a job runs side by side."""
+    if load_suite(run.suite).is_timing and not cluster.is_exclusive:
+        return 1
+    if run.device_kind == CPU:
+        return cluster.runs_in_parallel
+    return min(cluster.runs_in_parallel, cluster.num_devices // num_devices(run))
 
 
 def num_devices(run: Run) -> int:
-    return getattr(run.workload, "num_devices", 1)
+    """Of a job's devices; those of a CPU are its cores."""
+    return 1 if run.device_kind == CPU else run.workload.num_devices
 
 
 def _filled(

@@ -106,8 +106,7 @@ def work(job: Job) -> Result:
     todo = pending(store, given, cluster)
     result = Result()
     if todo:
-        is_timing = plan.load_suite(todo[0].run.suite).is_timing
-        lanes = replace(cluster, runs_in_parallel=pack.num_lanes(cluster, is_timing))
+        lanes = replace(cluster, runs_in_parallel=pack.num_lanes(cluster, todo[0].run))
         result = sweep(store, todo, lanes, watch=job.watch)
     if not result.is_interrupted:
         job.beat(ended_at=utc_now())
