@@ -196,6 +196,13 @@ def ended(store: Path, what: str):
     return record, time.perf_counter() - start
 
 
+def all_ranks_are_gone() -> bool:
+    deadline = time.monotonic() + 5
+    while ranks_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not ranks_alive()
+
+
 def ranks_alive() -> list[int]:
     """Of this test: they find its suite."""
     site = os.environ["PYTHONPATH"].split(os.pathsep)[0]
@@ -221,7 +228,7 @@ def test_several_ranks_leave_one_record(stub):
     assert record.outcome == "completed", record.reason
     assert [s.at for s in record.samples if s.metric == "loss"] == [4]
     assert [p.name for p in stub.glob("runs/*/*")] == [f"{record.attempt}.json"]
-    assert ranks_alive() == []
+    assert all_ranks_are_gone()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +237,7 @@ def test_several_ranks_leave_one_record(stub):
         ("kill_rank_2", "failed", "rank 2: killed by SIGKILL"),
         ("exit_rank_2", "failed", "rank 2: exited with 3 .*cannot open shared object"),
         ("raise_rank_2", "out_of_memory", "rank 2: RuntimeError: RESOURCE_EXHAUSTED"),
-        ("lose_rank_2", "failed", "rank [123]: "),  # and not what rank 0 saw of it
+        ("lose_rank_2", "failed", "rank 2: killed by SIGKILL"),  # not what others saw of it
         ("unsupported", "unsupported", "^pallas_tpu needs a TPU"),  # all alike: rank 0 speaks
         ("kill_rank_0", "failed", "killed by SIGKILL"),
     ],
@@ -240,7 +247,7 @@ def test_a_rank_that_dies_ends_the_run_within_seconds(stub, what, outcome, reaso
     assert record.outcome == outcome, record.reason
     assert re.search(reason, record.reason), record.reason
     assert seconds < 15
-    assert ranks_alive() == []
+    assert all_ranks_are_gone()
     assert json.dumps(record.to_json())
 
 
@@ -275,7 +282,9 @@ def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path):
     killed_at = []
 
     def kill_rank_2() -> None:
-        while not any(p.read_text() == "measure" for p in tmp_path.glob("runs/*/.phase-*")):
+        while not any(
+            '"phase": "measure"' in p.read_text() for p in tmp_path.glob("runs/*/.phase-*")
+        ):
             time.sleep(0.1)
         time.sleep(1.0)
         ours = [pid for pid in ranks_alive() if Rank.of(environ_of(pid)).index == 2]
@@ -289,7 +298,7 @@ def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path):
     assert record.outcome == "failed"
     assert record.reason.startswith("rank 2: killed by SIGKILL"), record.reason
     assert record.phase == "measure"
-    assert ranks_alive() == []
+    assert all_ranks_are_gone()
 
 
 @pytest.mark.slow  # real runs: each rank imports its framework

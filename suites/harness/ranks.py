@@ -49,27 +49,33 @@ def pinned(cores: list[int]) -> dict[str, str]:
     return {"AERIE_CORES": ",".join(map(str, cores))} | threads
 
 
+Death = tuple[int, int, dict[str, Any]]  # rank, return code, and its report where it left one
+
+
 @dataclass
 class Others:
     """Ranks 1 and up, as rank 0 sees them."""
 
     processes: dict[int, subprocess.Popen]
     reports: dict[int, int]  # pipes, on which a rank that fails says how
-    _death: tuple[int, int, dict[str, Any]] | None = None
+    _deaths: list[Death] = field(default_factory=list)
     _is_dead: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
-    def watch(self, end: Callable[[int, int, dict[str, Any]], None]) -> None:
+    def watch(self, end: Callable[..., None]) -> None:
         """Once one has died, and this process has not ended by itself, ends it: `end` is given
-        the rank, its return code and its report, and leaves the record."""
+        the death, and leaves the record."""
         for rank, process in self.processes.items():
             arguments = (rank, process, end)
             threading.Thread(target=self._watch, args=arguments, daemon=True).start()
 
-    def death(self) -> tuple[int, int, dict[str, Any]] | None:
-        """Of the rank that died first, waiting a little for one; what we saw may come of it."""
-        self._is_dead.wait(GRACE_S)
-        return self._death
+    def death(self) -> Death | None:
+        """What may have caused what this rank saw, waiting a little for it: of those that died
+        one that was killed, as what the others report may come of that; else the first."""
+        if not self._is_dead.wait(GRACE_S):
+            return None
+        time.sleep(SIGNALLED_S)
+        return min(self._deaths, key=lambda death: death[1] >= 0)
 
     def let_go(self) -> None:
         """From now on their ends are of no concern."""
@@ -83,17 +89,13 @@ class Others:
             report = json.loads(os.read(self.reports[rank], 2**16) or "{}")
         except BlockingIOError:  # nothing, and a process that it has started still holds the pipe
             report = {}
-        if returncode < 0:
-            time.sleep(SIGNALLED_S)
-        with self._ending:
-            if self._death is not None:
-                return
-            self._death = (rank, returncode, report)
-            self._is_dead.set()
+        self._deaths.append((rank, returncode, report))
+        self._is_dead.set()
         if report:
             time.sleep(GRACE_S)
+        death = self.death()
         with self._ending:
-            end(*self._death)
+            end(*death)
             os._exit(0)
 
 
