@@ -112,7 +112,8 @@ def _adopt(made: Submission, now: float) -> None:
 
 
 def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
-    """Of the arrays that have jobs which are not settled."""
+    """Of Slurm's jobs that are not settled, by name: accounts are asked only about them. Elsewhere
+    of their arrays."""
     found = []
     for made in open_ones:
         settled = set(made.memory().get("settled", ()))
@@ -120,7 +121,9 @@ def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
             names = {f"{array.number}_{index}" for index in range(array.num_jobs)}
             job_id = made.job_id(array.number)
             is_asked = made.cluster(array.number).executor == executor and job_id is not None
-            if is_asked and names - settled:
+            if is_asked and executor == "slurm":
+                found += [f"{job_id}_{name.partition('_')[2]}" for name in names - settled]
+            elif is_asked and names - settled:
                 found.append(job_id)
     return found
 

@@ -59,7 +59,7 @@ OVER = (INTERRUPTED, ENDED)
 # Names that Slurm 20.11 knows already. ":|" ends a field, and does not cut it to 20 characters.
 _QUEUE_FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|,TimeUsed:|,exit_code:|,"
 _QUEUE_FIELDS += "PreemptTime:|,Reason:"  # the reason last: it may be any text
-_ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Start"  # no Restarts before 23.02
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Submit"  # no Restarts before 23.02
 _FOREIGN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SACCTMGR_", "SLURM_", "SBATCH_", "LC_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
@@ -74,8 +74,8 @@ class Seen:
 
     state: str
     is_in_queue: bool  # squeue shows it, and in a state that is not an end
-    reason: str | None = None  # why it waits or has ended, in Slurm's words
-    node: str | None = None
+    reason: str = ""  # why it waits or has ended, in Slurm's words
+    node: str = ""
     restarts: int | None = None
     elapsed_s: float | None = None
     exit_code: int | None = None  # of an ended job; negative: a signal
@@ -87,7 +87,7 @@ class Job:
     """What the controller says of one job while it is there."""
 
     state: str
-    reason: str | None = None
+    reason: str = ""
     limit_s: float | None = None  # None: unlimited
     elapsed_s: float | None = None
     restarts: int = 0
@@ -111,7 +111,7 @@ class Limits:
     version: str | None = None
     max_array_size: int | None = None  # one more than the highest index
     max_job_count: int | None = None
-    max_submit_jobs: int | None = None  # of this user, every job of an array counted
+    max_submit_jobs: int | None = None  # of this user, every job of an array; of all, where less
     num_queued: int = 0  # of this user, now
     may_requeue: bool | None = None  # the default of jobs that do not ask
     preempt_type: str | None = None
@@ -237,15 +237,15 @@ def limits(
     code, queued, err = _ask(count)
     if code:
         raise Unreachable(_line("squeue", code, err))
-    max_submit = None
+    max_submit, max_jobs = None, _int(config.get("MaxJobCount"))
     if has_accounting:
         own = partitions.get(partition or "", Partition()).qos
         max_submit = _max_submit(config.get("ClusterName"), account, qos, own)
     return Limits(
         version=config.get("SLURM_VERSION"),
         max_array_size=_int(config.get("MaxArraySize")),
-        max_job_count=_int(config.get("MaxJobCount")),
-        max_submit_jobs=max_submit,
+        max_job_count=max_jobs,
+        max_submit_jobs=min((n for n in (max_submit, max_jobs) if n is not None), default=None),
         num_queued=len(queued.split()),
         may_requeue={"0": False, "1": True}.get(config.get("JobRequeue", "")),
         preempt_type=config.get("PreemptType"),
@@ -274,8 +274,8 @@ def parse_queue(text: str) -> dict[str, Seen]:
         one = Seen(
             state=state,
             is_in_queue=not is_over,
-            reason=None if reason in ("", "None", "(null)") else reason,
-            node=node or None,
+            reason=_text(reason),
+            node=_text(node),
             restarts=_int(restarts),
             elapsed_s=seconds(elapsed),
             exit_code=_exit_code(code) if is_over else None,
@@ -294,7 +294,7 @@ def parse_accounts(text: str) -> dict[str, list[Seen]]:
         fields = line.split("|")
         if len(fields) < 6:
             continue
-        name, state, code, elapsed, node, started = fields[:6]
+        name, state, code, elapsed, node, submitted = fields[:6]
         job, _, step = name.partition(".")
         if step:
             _take_step(starts.get(job), _word(state))
@@ -302,8 +302,8 @@ def parse_accounts(text: str) -> dict[str, list[Seen]]:
         one = Seen(
             state=_word(state),
             is_in_queue=False,
-            reason=f"by uid {state.split()[-1]}" if " by " in state else None,
-            node=None if node in ("", "None assigned") else node,
+            reason=f"by uid {state.split()[-1]}" if " by " in state else "",
+            node=_text(node),
             elapsed_s=_int(elapsed),
             exit_code=_exit_code(code) if kind(_word(state)) in OVER else None,
         )
@@ -311,8 +311,8 @@ def parse_accounts(text: str) -> dict[str, list[Seen]]:
             array, _, tasks = job.partition("_")
             waiting |= {f"{array}_{task}": one for task in _tasks(tasks)}
         else:
-            began = started if _is_time(started) else "~"  # not yet: after all that have
-            starts.setdefault(job, []).append((began, one))
+            # A requeue is submitted anew; when it starts may not be written down.
+            starts.setdefault(job, []).append((submitted, one))
     ordered = {
         job: [one for _, one in sorted(found, key=lambda item: item[0])]
         for job, found in starts.items()
@@ -328,10 +328,9 @@ def parse_job(text: str) -> Job | None:
     values = _values(text)
     if "JobState" not in values:
         return None
-    reason = values.get("Reason")
     return Job(
         state=_word(values["JobState"]),
-        reason=None if reason in (None, "None", "(null)") else reason,
+        reason=_text(values.get("Reason", "")),
         limit_s=seconds(values.get("TimeLimit", "")),
         elapsed_s=seconds(values.get("RunTime", "")),
         restarts=_int(values.get("Restarts")) or 0,
@@ -372,8 +371,8 @@ def seconds(text: str) -> float | None:
 def _take_step(starts: list[tuple[str, Seen]] | None, state: str) -> None:
     """A step that ran out of memory says why its job has failed; the job itself does not."""
     if starts and state == "OUT_OF_MEMORY" and starts[-1][1].state == "FAILED":
-        began, one = starts[-1]
-        starts[-1] = (began, replace(one, state=state))
+        submitted, one = starts[-1]
+        starts[-1] = (submitted, replace(one, state=state))
 
 
 def _tasks(text: str) -> Iterator[str]:
@@ -414,6 +413,10 @@ def _int(text: str | None) -> int | None:
     """The number that a text begins with: "5 sec" is 5."""
     match = re.match(r"\d+", (text or "").strip())
     return int(match[0]) if match else None
+
+
+def _text(word: str) -> str:
+    return "" if word in ("None", "(null)", "None assigned") else word
 
 
 def _is_time(text: str) -> bool:
@@ -492,8 +495,9 @@ def _user() -> str:
 
 
 def _ask(
-    command: list[str], limit_s: float = COMMAND_S, start_new_session: bool = False
+    command: list[str], limit_s: float | None = None, start_new_session: bool = False
 ) -> tuple[int, str, str]:
+    limit_s = COMMAND_S if limit_s is None else limit_s
     try:
         done = subprocess.run(
             command,

@@ -121,9 +121,9 @@ def verdict(
     be run.
     """
     outcome, reason = _end(seen, limit_s)
-    if has_begun:
-        return outcome, reason
-    return (outcome if outcome in ("cancelled", "failed") else None), f"never begun: {reason}"
+    is_in_order = seen is not None and seen.state == "COMPLETED"
+    is_attempt = has_begun or (outcome in ("cancelled", "failed") and not is_in_order)
+    return (outcome if is_attempt else None), reason
 
 
 def _end(seen: Seen | None, limit_s: float | None) -> tuple[str, str]:
@@ -167,7 +167,7 @@ def _failed(seen: Seen, limit_s: float | None) -> tuple[str, str]:
         if limit_s is not None and (seen.elapsed_s or 0.0) >= limit_s - EARLY_S:
             return "timed_out", f"the job ended {how} at its time limit"
         return "preempted", f"the job ended {how} before it could listen: it was told to stop"
-    more = f" ({seen.reason})" if seen.reason not in (None, "NonZeroExitCode") else ""
+    more = f" ({seen.reason})" if seen.reason not in ("", "NonZeroExitCode") else ""
     return "failed", f"the job ended {how}{more}"
 
 
