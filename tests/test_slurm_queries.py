@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import SlurmCluster, require_slurm
 
-from suites.harness import slurm
-from suites.harness.slurm import Job, Seen, Unreachable
+from suites.harness import slurm as slurm_module
+from suites.harness.slurm import Job, Seen, Unreachable, cancel, describe, earlier_end, find, queue
 
 QUEUE = """\
 12|0|CANCELLED|cpu1|0|2:07|15|N/A|None
@@ -81,12 +82,12 @@ class Commands:
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     stand_in = Commands()
-    monkeypatch.setattr(slurm, "_ask", stand_in)
+    monkeypatch.setattr(slurm_module, "_ask", stand_in)
     return stand_in
 
 
 def test_the_queue_is_read():
-    found = slurm.parse_queue(QUEUE)
+    found = slurm_module.parse_queue(QUEUE)
     assert found["12_0"] == Seen(
         state="CANCELLED", is_in_queue=False, node="cpu1", restarts=0, elapsed_s=127, exit_code=-15
     )
@@ -103,7 +104,7 @@ def test_the_queue_is_read():
 
 
 def test_accounts_are_read_start_by_start():
-    starts = slurm.parse_accounts(ACCOUNTS)
+    starts = slurm_module.parse_accounts(ACCOUNTS)
     assert [one.state for one in starts["33_0"]] == ["PREEMPTED", "COMPLETED"]
     assert [one.state for one in starts["33_1"]] == ["REQUEUED", "COMPLETED"]
     assert starts["33_1"][-1].restarts == 1
@@ -117,56 +118,56 @@ def test_accounts_are_read_start_by_start():
 def test_one_squeue_asks_for_all_arrays_and_sacct_only_for_the_rest(commands):
     commands.answers["squeue"] = (0, QUEUE, "")
     jobs = ["33_0", "33_1", "48_1", "53_4", "53_6", "52_3", "1"]
-    found = slurm.queue(jobs)
+    found = slurm_module.queue(jobs)
     assert commands.count() == ["squeue"]
     assert "--jobs=1,33,48,52,53" in commands.asked[0]
     assert set(jobs) <= set(found)
 
     commands.answers["sacct"] = (0, ACCOUNTS, "")
-    found = slurm.queue([*jobs, "55_0", "12_0", "77_0"])
+    found = slurm_module.queue([*jobs, "55_0", "12_0", "77_0"])
     assert commands.count()[1:] == ["squeue", "sacct"]
     assert "--jobs=12,55,77" in commands.asked[2]
     assert "--duplicates" in commands.asked[2]
     assert found["55_0"].state == "OUT_OF_MEMORY"
     assert "77_0" not in found
     assert found["33_0"].state == "COMPLETING"  # the queue knows; accounts are older
-    assert slurm.queue([]) == {}
+    assert slurm_module.queue([]) == {}
 
 
 def test_accounts_that_are_late_do_not_undo_an_end(commands):
     commands.answers["squeue"] = (0, "9|0|FAILED|cpu1|2|0:07|256|N/A|NonZeroExitCode\n", "")
     commands.answers["sacct"] = (0, "9_0|RUNNING|0:0|7|cpu1|2026-11-26T11:43:15\n", "")
-    assert slurm.queue(["9_0"])["9_0"].state == "FAILED"
+    assert slurm_module.queue(["9_0"])["9_0"].state == "FAILED"
     commands.answers["sacct"] = (0, "9_0|CANCELLED by 7|0:0|7|cpu1|2026-11-26T11:43:15\n", "")
-    one = slurm.queue(["9_0"])["9_0"]
+    one = slurm_module.queue(["9_0"])["9_0"]
     assert (one.state, one.reason, one.restarts) == ("CANCELLED", "by uid 7", 2)
 
 
 def test_a_job_that_is_forgotten_is_absent_and_silence_is_not(commands):
     commands.answers["sacct"] = (1, "", DISABLED)
     commands.answers["squeue"] = (1, "", "slurm_load_jobs error: Invalid job id specified\n")
-    assert slurm.queue(["9_0"]) == {}
+    assert slurm_module.queue(["9_0"]) == {}
     down = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     commands.answers["squeue"] = (1, "", f"a try\n{down}\n")
     with pytest.raises(Unreachable, match=r"^squeue: slurm_load_jobs error: Unable to contact"):
-        slurm.queue(["9_0"])
+        slurm_module.queue(["9_0"])
 
 
 def test_a_command_that_hangs_or_is_missing_is_no_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Unreachable, match="squeue is not found"):
-        slurm.queue(["9_0"])
+        slurm_module.queue(["9_0"])
     _command(tmp_path, "squeue", "exec /bin/sleep 30")
-    monkeypatch.setattr(slurm, "COMMAND_S", 0.2)
+    monkeypatch.setattr(slurm_module, "COMMAND_S", 0.2)
     with pytest.raises(Unreachable, match=r"did not answer within 0\.2 s"):
-        slurm.queue(["9_0"])
-    assert slurm.describe("9_0") is None
+        slurm_module.queue(["9_0"])
+    assert slurm_module.describe("9_0") is None
 
 
 def test_settings_of_the_user_do_not_reach_the_commands(monkeypatch):
     for name in ("SQUEUE_FORMAT", "SACCT_FORMAT", "SLURM_TIME_FORMAT", "SLURM_CONF", "LC_ALL"):
         monkeypatch.setenv(name, "x")
-    clean = slurm.environment()
+    clean = slurm_module.environment()
     assert clean["SLURM_CONF"] == "x"
     assert clean["LC_ALL"] == clean["LANG"] == "C"
     assert not {"SQUEUE_FORMAT", "SACCT_FORMAT", "SLURM_TIME_FORMAT"} & clean.keys()
@@ -174,28 +175,28 @@ def test_settings_of_the_user_do_not_reach_the_commands(monkeypatch):
 
 def test_a_requeue_that_is_killed_by_its_own_effect_is_no_refusal(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    _command(tmp_path, "scontrol", "kill -TERM $$; exit 0")
-    assert slurm.requeue("9_0") is None  # it does not hear SIGTERM
+    _command(tmp_path, "scontrol", "kill -TERM $$; echo it lives >&2; exit 1")
+    assert "it lives" in slurm_module.requeue("9_0")
     _command(tmp_path, "scontrol", "kill -KILL $$")
-    assert slurm.requeue("9_0") is None
+    assert slurm_module.requeue("9_0") is None
     _command(tmp_path, "scontrol", "echo 9_0: Requested operation is disabled >&2; exit 1")
-    assert "disabled" in slurm.requeue("9_0")
+    assert "disabled" in slurm_module.requeue("9_0")
 
 
 def test_an_array_is_found_by_its_name(commands):
     commands.answers["squeue"] = (0, "12|\n12|\n9|\n", "")
-    assert slurm.find("aerie-1") == ["9", "12"]
+    assert slurm_module.find("aerie-1") == ["9", "12"]
     commands.answers["squeue"] = (0, "", "")
     commands.answers["sacct"] = (0, "33_0\n33_[1-2]\n", "")
-    assert slurm.find("aerie-1") == ["33"]
+    assert slurm_module.find("aerie-1") == ["33"]
 
 
 def test_how_an_earlier_start_ended(commands):
     commands.answers["sacct"] = (0, ACCOUNTS.replace("COMPLETED", "RUNNING"), "")
-    assert slurm.earlier_end("33_0").state == "PREEMPTED"
+    assert slurm_module.earlier_end("33_0").state == "PREEMPTED"
     commands.answers["sacct"] = (1, "", DISABLED)
-    assert slurm.earlier_end("33_0").state == "REQUEUED"
-    assert slurm.earlier_end(None) is None
+    assert slurm_module.earlier_end("33_0").state == "REQUEUED"
+    assert slurm_module.earlier_end(None) is None
 
 
 def test_the_limits_of_a_site(commands):
@@ -206,33 +207,100 @@ def test_the_limits_of_a_site(commands):
         "show qos": (0, QOS, ""),
         "squeue": (0, "12_0\n12_1\n", ""),
     }
-    found = slurm.limits("gpu")
+    found = slurm_module.limits("gpu")
     assert (found.max_array_size, found.max_submit_jobs, found.num_queued) == (1001, 200, 2)
-    assert slurm.limits("cpu").max_submit_jobs == 400
+    assert slurm_module.limits("cpu").max_submit_jobs == 400
     assert (found.kill_wait_s, found.min_job_age_s, found.may_requeue) == (30, 300, True)
     assert found.warns_of_preemption
     assert found.partitions["gpu"].grace_s == 15
     assert found.partitions["gpu"].max_time_s == 2 * 86400
     assert found.partitions["cpu"].max_time_s is None
     commands.answers["show config"] = (0, CONFIG.replace("slurmdbd", "none"), "")
-    assert (slurm.limits().has_accounting, slurm.limits().max_submit_jobs) == (False, 10000)
+    assert (slurm_module.limits().has_accounting, slurm_module.limits().max_submit_jobs) == (
+        False,
+        10000,
+    )
 
 
 def test_a_job_is_described():
     text = "JobId=35 JobName=a JobState=RUNNING Reason=None Requeue=1 Restarts=1 ExitCode=0:0 "
     text += "RunTime=00:01:00 TimeLimit=01:00:00 PreemptTime=2026-11-26T11:47:43 Comment=Reason=x"
-    assert slurm.parse_job(text) == Job(
+    assert slurm_module.parse_job(text) == Job(
         state="RUNNING", limit_s=3600, elapsed_s=60, restarts=1, is_requeued=True, is_preempted=True
     )
-    assert slurm.parse_job("slurm_load_jobs error: Invalid job id specified") is None
+    assert slurm_module.parse_job("slurm_load_jobs error: Invalid job id specified") is None
 
 
 def test_ten_thousand_jobs_are_read_in_a_second():
     line = "7|{}|RUNNING|cpu1|0|2:07|0|N/A|None"
     text = "\n".join(line.format(index) for index in range(10_000))
     start = time.perf_counter()
-    assert len(slurm.parse_queue(text)) == 10_000
+    assert len(slurm_module.parse_queue(text)) == 10_000
     assert time.perf_counter() - start < 1.0
+
+
+# On a real Slurm ------------------------------------------------------------------------------
+
+ENDING = """
+[ $SLURM_ARRAY_TASK_ID = 3 ] || exit $SLURM_ARRAY_TASK_ID
+[ "$SLURM_RESTART_COUNT" = 1 ] || sleep 100
+"""
+
+
+def test_an_array_from_the_queue_to_the_accounts(slurm, monkeypatch):
+    """Of four jobs one is requeued, one is cancelled, and one fails."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    monkeypatch.setenv("SQUEUE_FORMAT", "%A")
+    script = f"[ $SLURM_ARRAY_TASK_ID = 2 ] && sleep 100; {ENDING}"
+    array = slurm.submit(script, "--array=0-3", "--job-name=aerie-one", "--requeue")
+    jobs = [f"{array}_{index}" for index in range(4)]
+    slurm.wait_for_state(f"{array}_3", "RUNNING")
+    slurm.wait_for_state(f"{array}_2", "RUNNING")
+    assert find("aerie-one") == [array]
+    assert describe(jobs[3]).state == "RUNNING"
+    assert find("aerie-none") == []
+
+    cancel([jobs[2], jobs[0]])  # one of them has ended
+    assert slurm_module.requeue(jobs[3]) is None
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "COMPLETED")
+    slurm.wait_for(lambda: tuple(one.state for one in by_name(queue(jobs))) == ended, 60)
+    slurm.wait_for(lambda: queue(jobs)[jobs[2]].reason, 20, "sacct names who cancelled")
+    found = queue(jobs)
+    assert found[jobs[1]].exit_code == 1
+    assert found[jobs[2]].reason.startswith("by uid ")
+    assert found[jobs[3]].restarts == 1
+    slurm.wait_for(lambda: len(slurm_module._starts({jobs[3]})[jobs[3]]) == 2, 20)
+    assert slurm_module._starts({jobs[3]})[jobs[3]][0].state == "REQUEUED"
+    assert earlier_end(jobs[3]).state in ("REQUEUED", "COMPLETED")
+
+
+def test_without_accounts_the_queue_is_all_there_is(slurm_without_accounting, monkeypatch):
+    cluster = slurm_without_accounting
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    array = cluster.submit("exit 3", "--array=0-1%1")
+    held = cluster.submit("true", "--array=5-9:2", "--hold")
+    cluster.wait_for(lambda: not queue([f"{array}_1"])[f"{array}_1"].is_in_queue, 30)
+    found = queue([f"{array}_0", f"{array}_1", held, "4242_0"])
+    assert {found[f"{array}_{index}"].exit_code for index in range(2)} == {3}
+    assert {job for job in found if job.startswith(held)} == {f"{held}_{i}" for i in (5, 7, 9)}
+    assert found[f"{held}_5"].reason == "JobHeldUser"
+    assert queue(["4242_0"]) == {}
+    assert slurm_module.limits().max_array_size == 1001
+    assert not slurm_module.limits().has_accounting
+
+
+@pytest.mark.slow  # squeue tries for 9 s
+def test_a_controller_that_is_down_is_unreachable(monkeypatch):
+    require_slurm(accounting=False)
+    with SlurmCluster(accounting=False, proctrack="pgid") as cluster:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+        cluster.kill_daemon("slurmctld")
+        with pytest.raises(Unreachable, match="squeue"):
+            queue(["1_0"])
+
+
+def by_name(found: dict[str, Seen]) -> list[Seen]:
+    return [found[job] for job in sorted(found)]
 
 
 def _command(folder: Path, name: str, script: str) -> None:
