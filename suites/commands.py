@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from suites import compose, display, gate, reports
-from suites.harness import corpora, plan, provenance
+from suites.harness import corpora, plan, provenance, slurm
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
@@ -188,7 +188,7 @@ def one_line() -> Iterator[None]:
     """What goes wrong inside is the user's to fix: one line, exit code 2, nothing started."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, slurm.Unreachable) as error:
         print(f"aerie: {' '.join(str(error).split())}", file=sys.stderr)
         raise WrongRequest from None
 

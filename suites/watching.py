@@ -15,7 +15,8 @@ from rich.text import Text
 
 from suites import commands, display
 from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
-from suites.harness import claims, execute, launch, plan, reconcile, submission
+from suites.harness import claims, execute, launch, plan, reconcile, states, submission
+from suites.harness.plan import Ends
 from suites.harness.reconcile import JobView
 from suites.harness.record import OUTCOMES
 from suites.harness.states import TaskState
@@ -23,7 +24,9 @@ from suites.harness.submission import Submission
 
 EVERY_S = 10.0  # between two looks at a queue
 MAX_ROWS = 20  # of runs that are shown while they run
-WAITING = ("planned", "queued", "running", "stopping")  # states of runs that have not ended
+# States of runs that have not ended; then of those that have, and left no result.
+WAITING = ("planned", "queued", "running", "stopping", "to_retry")
+LEFT = ("lost", "given_up")
 
 
 @dataclass
@@ -88,21 +91,21 @@ def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: b
 def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
     """Settles what has ended, and counts; `wanted` (run_id -> suite) limits it to some runs."""
     view = reconcile.reconcile(store)
-    latest = plan.latest(store, wanted)
+    ends = plan.ends(store, wanted)
     jobs: dict[str, list[JobView]] = {}
     for job in view.jobs:
         jobs.setdefault(job.made.id, []).append(job)
     claimed = {place.name for place in (store / "claims").glob("[!.]*")}
     made = [
-        _progress(one, jobs.get(one.id, []), latest, claimed, wanted)
+        _progress(one, jobs.get(one.id, []), ends, claimed, wanted)
         for one in submission.read(store)
         if one.id in jobs or wanted is not None
     ]
     outcomes: dict[str, Counter] = {}
-    for suite, outcome in latest.values():
-        outcomes.setdefault(suite, Counter())[outcome] += 1
+    for end in ends.values():
+        outcomes.setdefault(end.suite, Counter())[end.counted] += 1
     for run_id, suite in (wanted or {}).items():
-        if run_id not in latest:
+        if run_id not in ends:
             outcomes.setdefault(suite, Counter())["new"] += 1
     running = list(_running(store, claimed if wanted is None else claimed & wanted.keys()))
     made = [one for one in made if one.counts]
@@ -112,7 +115,7 @@ def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
 def _progress(
     made: Submission,
     jobs: list[JobView],
-    latest: dict[str, tuple[str, str]],
+    ends: dict[str, Ends],
     claimed: set[str],
     wanted: dict[str, str] | None,
 ) -> Progress:
@@ -121,32 +124,21 @@ def _progress(
     for run_ids in made.run_ids_of.values():
         for run_id in run_ids:
             if wanted is None or run_id in wanted:
-                found.counts[_state(run_id, state_of, latest, claimed)] += 1
+                end = ends.get(run_id)
+                state = states.run_state(
+                    end.outcomes if end else (),
+                    state_of.get(run_id),
+                    is_claimed=run_id in claimed,
+                    num_before=sum(one < made.stamp for one in end.attempts) if end else 0,
+                )
+                found.counts[state] += 1
     found.reasons = Counter(
         job.seen.reason
         for job in jobs
-        if job.state is TaskState.QUEUED and job.seen and job.seen.reason not in ("", "None")
+        if job.state is TaskState.QUEUED and job.seen and job.seen.reason
     )
     found.seconds_left = _seconds_left(made, jobs)
     return found
-
-
-def _state(
-    run_id: str,
-    state_of: dict[str, TaskState],
-    latest: dict[str, tuple[str, str]],
-    claimed: set[str],
-) -> str:
-    """Of a run: as its job is, unless it has a result or is being measured."""
-    _, outcome = latest.get(run_id, ("", ""))
-    state = state_of.get(run_id)
-    if outcome in plan.FINISHED or state is None:
-        return outcome or "left"
-    if run_id in claimed:
-        return "running"
-    if state is TaskState.RUNNING:
-        return "queued"  # in a job that measures another run
-    return state.value
 
 
 def _seconds_left(made: Submission, jobs: list[JobView]) -> float | None:
@@ -215,8 +207,8 @@ def wait(
             break
         time.sleep(every_s)
     run_ids = {run_id for one in made for ids in one.run_ids_of.values() for run_id in ids}
-    ends = plan.latest(store, dict.fromkeys(run_ids, ""))
-    outcomes = Counter(outcome for _, outcome in ends.values())
+    ends = plan.ends(store, run_ids)
+    outcomes = Counter(end.counted for end in ends.values())
     if missing := len(run_ids) - len(ends):
         outcomes["left"] = missing
     if as_json:
@@ -283,9 +275,9 @@ def _page(seen: Look, store: Path) -> Group:
         parts.append(Text(f"Slurm does not answer: {seen.silent}", style="yellow"))
     if seen.submissions:
         total = sum((one.counts for one in seen.submissions), Counter())
-        states = [state for state in (*WAITING, "left", *OUTCOMES) if total[state]]
-        rows = [_row(one, states) for one in seen.submissions]
-        header = ["submission", "title", "cluster", "user", *states, "time left", "waits for"]
+        columns = [state for state in (*WAITING, *LEFT, *OUTCOMES) if total[state]]
+        rows = [_row(one, columns) for one in seen.submissions]
+        header = ["submission", "title", "cluster", "user", *columns, "time left", "waits for"]
         parts.append(display.table(header, rows))
     if seen.running:
         rows = [_running_row(one) for one in seen.running[:MAX_ROWS]]
@@ -306,9 +298,9 @@ def _page(seen: Look, store: Path) -> Group:
     return Group(*parts)
 
 
-def _row(one: Progress, states: list[str]) -> list[str]:
+def _row(one: Progress, columns: list[str]) -> list[str]:
     left = display.NONE if one.seconds_left is None else display.duration(one.seconds_left)
-    counts = [str(one.counts[state]) if one.counts[state] else display.NONE for state in states]
+    counts = [str(one.counts[state]) if one.counts[state] else display.NONE for state in columns]
     clusters = ",".join(cluster.name for cluster in one.made.clusters)
     reasons = ", ".join(one.reasons) or display.NONE
     return [one.made.id, one.made.title, clusters, one.made.user, *counts, left, reasons]

@@ -6,11 +6,13 @@ nothing, so that no job waits for a file that a killed submitter never moved int
 """
 
 import contextlib
+import io
 import os
 import shlex
 import signal
 import subprocess
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +60,8 @@ class Slurm:
         submission.logs(array).mkdir(parents=True, exist_ok=True)
         made = self._array(submission, array)
         try:
-            return made._submit_command(_command(submission, array)).job_id
+            with redirect_stderr(io.StringIO()):  # what sbatch says is in the error, too
+                return made._submit_command(_command(submission, array)).job_id
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             raise Refused(_reason(str(error))) from None
 

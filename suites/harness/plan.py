@@ -188,15 +188,30 @@ def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
     return [_record(path) for path in paths]
 
 
-def latest(store: Path, wanted: Collection[str] | None = None) -> dict[str, tuple[str, str]]:
-    """run_id -> (suite, outcome) of its last finished attempt, else of its last."""
+@dataclass(frozen=True)
+class Ends:
+    """How the attempts of one run have ended, oldest first."""
+
+    suite: str
+    attempts: tuple[str, ...]
+    outcomes: tuple[str, ...]
+    counted: str  # of the last finished attempt, else of the last
+
+
+def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
+    """Of every run of a store, or of those that are wanted, by run_id."""
     names = sorted(path.name for path in (store / "runs").glob("*")) if wanted is None else wanted
     found = {}
     for name in names:
         if records := attempts(store, name):
             finished = [record for record in records if is_finished(record)]
             counted = (finished or records)[-1]
-            found[name] = counted["run"]["suite"], counted["outcome"]
+            found[name] = Ends(
+                suite=counted["run"]["suite"],
+                attempts=tuple(record["attempt"] for record in records),
+                outcomes=tuple(record["outcome"] for record in records),
+                counted=counted["outcome"],
+            )
     return found
 
 

@@ -222,8 +222,7 @@ def _never_began(
     of two who write it one does."""
     if any(r["attempt"] not in item.attempts for r in plan.attempts(made.store, item.run.run_id)):
         return
-    stamp = made.created_at.replace("-", "").replace(":", "")[:15]
-    attempt = f"{stamp}999999-{made.id}-{array}-{index}"
+    attempt = f"{made.stamp}999999-{made.id}-{array}-{index}"
     task = Task(
         run=item.run, build=item.build, attempt=attempt, parent_pid=0, costs=item.costs,
         order=item.order,

@@ -65,6 +65,11 @@ class Submission:
         return datetime.fromisoformat(self.created_at).timestamp()
 
     @property
+    def stamp(self) -> str:
+        """When it was made, as the names of attempts begin: they compare."""
+        return datetime.fromisoformat(self.created_at).strftime("%Y%m%dT%H%M%S")
+
+    @property
     def store(self) -> Path:
         return self.folder.parents[1]
 

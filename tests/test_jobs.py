@@ -1,0 +1,207 @@
+"""Submitting as people do it: the bill, the batch file, one line for what is wrong; then a real
+Slurm, from submit to collect."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from slurm_shims import OVER_SUBMIT_LIMIT, UNREACHABLE, Answer, SlurmShims
+
+from suites.__main__ import main
+
+ONE = ("suite=training_speed", "family=hawk", "backend=torch", "suite.rounds=2",
+       "suite.seq_lens=[16]", "suite.repeats=1", "suite.tokens_per_step=64")  # fmt: skip
+CLUSTER = ("cluster=slurm_cpu", "cluster.partition=cpu", "cluster.mem=1G", "cluster.time=10",
+           "cluster.cpus_per_task=1", "cluster.stop_warning_s=60", "cluster.view_s=1")  # fmt: skip
+CONFIG = "MaxArraySize = 1001\nMaxJobCount = 10000\nAccountingStorageType = x/none\n"
+
+
+@pytest.fixture
+def shims(tmp_path, monkeypatch):
+    """A Slurm of commands alone: its queue is empty, and takes everything."""
+    made = SlurmShims(tmp_path / "shims", path="/usr/bin:/bin")
+    made.answers("scontrol", Answer(stdout=CONFIG))
+    made.answers("squeue", Answer(stdout=""))
+    made.answers("sbatch", Answer(stdout="Submitted batch job 77\n"))
+    for command in ("scancel", "sacct", "srun"):
+        made.answers(command, Answer(stdout=""))
+    monkeypatch.setenv("PATH", made.path)
+    return made
+
+
+@pytest.fixture
+def aerie(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_a_dry_run_prints_the_batch_file_and_writes_nothing(aerie, shims, tmp_path):
+    store = tmp_path / "raw"
+    options = ("cluster.account=lab", "cluster.sbatch={mail-type: FAIL}",
+               "cluster.setup=[module load gcc]", "cluster.scratch=/local",
+               "cluster.max_parallel=2", "cluster.container=apptainer exec image.sif")  # fmt: skip
+    code, out, _ = aerie("submit", *ONE, *CLUSTER, *options, "--results", store, "--dry-run")
+    assert code == 0
+    assert "device-hours" in out
+    assert "runs: 3 new." in out  # and the proxy that verifies them
+    for line in ("--partition=cpu", "--account=lab", "--mem=1G", "--time=10", "--array=0-1%2",
+                 "--signal=USR2@60", "--requeue", "--mail-type=FAIL"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in out
+    setup = out.index("module load gcc"), out.index('TMPDIR="/local"'), out.index("PYTHONPATH=")
+    assert list(setup) == sorted(setup)
+    assert "apptainer exec image.sif" in out
+    assert not store.exists()
+    assert not shims.calls("sbatch")
+
+
+def test_submitting_twice_submits_once(aerie, shims, tmp_path):
+    store = ("--results", tmp_path / "raw")
+    code, out, _ = aerie("submit", *ONE, *CLUSTER, *store, "--json")
+    told = json.loads(out)
+    assert (code, told["num_runs"]) == (0, 3)
+    assert told["device_hours"]["low"] < told["device_hours"]["high"]
+    (call,) = shims.calls("sbatch")
+    script = Path(call[-1]).read_text()
+    assert "suites.harness.worker" in script
+    assert "/code/" in script
+    row = "77|{}|PENDING||0|0:00|0|N/A|Priority\n"
+    shims.answers("squeue", Answer(stdout=row.format("0") + row.format("1")))
+    code, out, _ = aerie("submit", *ONE, *CLUSTER, *store)
+    assert "3 current (in a queue)" in out
+    assert "nothing to submit" in out
+    assert len(shims.calls("sbatch")) == 1
+    shims.forget_calls()
+    told = json.loads(aerie("status", *store, "--json")[1])
+    (one,) = told["submissions"]
+    assert one["runs"] == {"queued": 3}
+    assert one["waiting_for"] == {"Priority": 2}
+    assert shims.num_calls() == 1  # one question for all
+
+
+def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):
+    store = ("--results", tmp_path / "raw")
+    shims.answers("sbatch", OVER_SUBMIT_LIMIT)
+    code, _, err = aerie("submit", *ONE, *CLUSTER, *store)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "QOSMaxSubmitJobPerUserLimit" in err or "job submit limit" in err
+    shims.answers("sbatch", Answer(stdout="Submitted batch job 78\n"))
+    other = ("suite=decode_latency", "family=hawk", "backend=torch", "suite.rounds=1",
+             "suite.prompt_lens=[8]", "suite.num_new_tokens=[2]")  # fmt: skip
+    code, out, _ = aerie("submit", *other, *CLUSTER, *store)
+    assert code == 0
+    assert "runs: 4 new." in out  # its own, those that were refused, one proxy for both
+
+
+def test_a_queue_that_is_nearly_full_takes_what_it_can(aerie, shims, tmp_path):
+    store = ("--results", tmp_path / "raw")
+    many = ("suite.seq_lens=[8,16,32,64]", "cluster.max_submit=2")
+    code, out, err = aerie("submit", *ONE, *CLUSTER, *many, *store, "--json")
+    assert not err
+    told = json.loads(out)
+    assert code == 0
+    assert sum(array["num_jobs"] for array in told["arrays"]) == 2
+    assert told["num_left"] + told["num_runs"] == 9
+
+
+def test_a_point_that_fits_nowhere_is_a_record(aerie, shims, tmp_path):
+    store = tmp_path / "raw"
+    code, out, _ = aerie("submit", *ONE[:3], "suite.rounds=1", "device_kind=v5e",
+                         "cluster=slurm_tpu", "--results", store, "--json")  # fmt: skip
+    told = json.loads(out)
+    assert (code, told["num_runs"], told["submission"]) == (0, 0, None)
+    (path, *_) = store.glob("runs/*/[!.]*.json")
+    record = json.loads(path.read_text())
+    assert record["outcome"] == "unsupported"
+    assert record["reason"] == "backend=torch runs on no TPU (v5e)."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["submit", *ONE, *CLUSTER, "device_kind=h100"], "device_kind=h100: cluster=slurm_cpu"),
+        (["submit", *ONE, "cluster=slrum_cpu"], "Did you mean 'slurm_cpu'?"),
+        (["submit", *ONE, *CLUSTER, "cluster.partitoin=x"], "Did you mean 'partition'?"),
+        (["submit", *ONE, *CLUSTER, "cluster.python={torch: /no/python}"], "/no/python"),
+        (["run", *ONE, *CLUSTER], "use aerie submit"),
+        (["retry"], "aerie submit"),
+        (["wait"], "aerie submit"),
+        (["cancel", "--all"], "aerie submit"),
+        (["collect"], "--results"),
+        (["logs", "0123"], "no run '0123'"),
+        (["status", "--watch"], "aerie wait"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_2(aerie, shims, tmp_path, monkeypatch, arguments, hint):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = aerie(*arguments)
+    assert code == 2, out + err
+    assert err.count("\n") == 1, err
+    assert hint in err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_controller_that_is_down_costs_nothing_but_a_line(aerie, shims, tmp_path):
+    store = ("--results", tmp_path / "raw")
+    assert aerie("submit", *ONE, *CLUSTER, *store)[0] == 0
+    for command in ("squeue", "scontrol", "sacct"):
+        shims.answers(command, UNREACHABLE)
+    code, out, _ = aerie("status", *store)
+    assert code == 0
+    assert "Slurm does not answer: " in out
+    assert "queued" in out
+    code, _, err = aerie("submit", *ONE, *CLUSTER, "suite.repeats=2", *store)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Unable to contact slurm controller" in err
+    assert len(shims.calls("sbatch")) == 1
+
+
+@pytest.mark.slow
+def test_from_submit_to_collect_on_a_real_slurm(slurm, tmp_path):
+    store = tmp_path / "raw"
+
+    def aerie(*arguments, seconds=240):
+        command = [sys.executable, "-m", "suites", *map(str, arguments), "--results", str(store)]
+        done = subprocess.run(
+            command, env=os.environ | slurm.environment, capture_output=True, text=True,
+            timeout=seconds,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = aerie("submit", *ONE, *CLUSTER, "--json")
+    assert code == 0, err
+    made = json.loads(out)["submission"]
+    assert aerie("wait", made, "--every", 1, "--timeout", 200)[0] == 0
+    told = json.loads(aerie("status", "--json")[1])
+    assert (told["submissions"], told["running"]) == ([], [])
+    assert {row["outcome"] for row in told["outcomes"]} == {"completed"}
+    assert aerie("submit", *ONE, *CLUSTER)[1].count("nothing to submit") == 1
+    code, out, _ = aerie("collect", "--out", tmp_path / "all.parquet")
+    assert code == 0
+    frame = pd.read_parquet(tmp_path / "all.parquet")
+    assert set(frame["node"]) <= {"cpu1", "cpu2"}
+    assert frame["job"].notna().all()
+    (block,) = frame.loc[frame["suite"] == "training_speed", "block"].unique()
+    run_id = frame["run_id"].iloc[0]
+
+    hang = ("suite=language_modeling", "family=hawk", "backend=torch", "suite.num_steps=100000",
+            "suite.seeds=[0]", *CLUSTER)  # fmt: skip
+    assert aerie("submit", *hang)[0] == 0
+    slurm.wait_for(lambda: json.loads(aerie("status", "--json")[1])["running"], 90)
+    assert aerie("cancel", "--all")[0] == 0
+    code, out, _ = aerie("wait", "--every", 1, "--timeout", 60)
+    assert (code, "cancelled" in out) == (1, True)
+    code, out, _ = aerie("submit", *hang)
+    assert "given up: 1 cancelled" in out
+    code, out, _ = aerie("retry", "--reason", "cancelled", "--dry-run")
+    assert (code, "#SBATCH --array=0-0" in out) == (0, True)
+    assert block
+    assert aerie("logs", run_id)[0] in (0, 2)  # a run may have printed nothing
