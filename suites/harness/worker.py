@@ -91,6 +91,8 @@ class Job:
             restarts=provenance.num_restarts(),
         )
         grace = self.cluster.stop_warning_s if self.signal == signal.SIGUSR2 else KILL_S
+        if outcome == "cancelled":
+            return Stop(outcome=outcome, reason=reason, grace_s=0.0)
         fair_s = FAIR * elapsed if outcome == "timed_out" else 0.0
         return Stop(
             outcome=outcome, reason=reason, grace_s=max(grace - RECORDS_S, 1.0), fair_s=fair_s
