@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from conftest import tiny
 
 from implementations.engine import OptimizerConfig, Unsupported
 from implementations.rank import Rank
@@ -87,6 +86,8 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
                 progress(repeat + 1, 600)
         case "train":
             yield from train(engine, int(run.workload.num_steps))
+        case "second":
+            time.sleep(1)
         case "hang":
             time.sleep(60)
         case "raise":
@@ -159,6 +160,8 @@ def stub_path(folder: Path) -> Path:
 
 
 def stub_run(what: str = "done", *, family: str = "hawk", backend: str = "jax", **values) -> Run:
+    from conftest import tiny  # imports pytest, which takes as long as all else that a child does
+
     seq_len = values.pop("seq_len", 8)
     work = {"phase": "train", "batch_size": 1, "seq_len": seq_len} | values.pop("workload", {})
     return Run(

@@ -251,7 +251,7 @@ def test_syntax_is_kept_by_content_and_a_torn_file_of_it_is_parsed_anew(tmp_path
 
     def digest(text):
         path.write_text(text)
-        for cached in (syntax.digest, syntax.imports, syntax._known):
+        for cached in (syntax._found, syntax._known):
             cached.cache_clear()
         found = syntax.digest(str(path)), syntax.imports(str(path))
         syntax.keep()

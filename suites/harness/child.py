@@ -39,7 +39,7 @@ def main(store: Path, path: Path) -> bool:
         os.sched_setaffinity(0, map(int, cores.split(",")))
 
     from suites.harness.execute import Task, execute  # NumPy's threads start here
-    from suites.harness.executors import STARTED_VARIABLE
+    from suites.harness.measure import STARTED_VARIABLE
 
     started = os.environ.get(STARTED_VARIABLE)
     started = float(started) if started else None

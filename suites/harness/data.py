@@ -8,12 +8,10 @@ processes that extract at once do the work twice, never harm each other.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -221,6 +219,10 @@ def _write_shards(
             _write_shard(shards[i], data, paths[i])
             advance(i)
         return
+    # Imported here: a run whose corpus is there need not wait for them.
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
     # Spawned, not forked: the caller may hold a framework with threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker) as pool:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implementations.engine import (
     CompileError,
@@ -30,9 +30,11 @@ from implementations.engine import (
 )
 from implementations.rank import Rank
 from suites.harness import checkpoint, data, measure, provenance, ranks, stop
-from suites.harness.executors import Ended
 from suites.harness.record import PHASES, Record, Sample, record_path, write
 from suites.harness.run import Run
+
+if TYPE_CHECKING:  # the parent's side: a child that imported it would start later
+    from suites.harness.executors import Ended
 
 # What allocators, loaders and thread pools say when an address space limit stops them.
 _STARVED = re.compile(
@@ -250,7 +252,7 @@ def _said(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def verdict(ended: Ended, log: str) -> tuple[str, str]:
+def verdict(ended: "Ended", log: str) -> tuple[str, str]:
     """Outcome and reason of a death without a record, from its signal, its log and its memory."""
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "no output")
     name = signal.Signals(-ended.returncode).name if ended.returncode < 0 else ""

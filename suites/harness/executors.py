@@ -21,11 +21,10 @@ from implementations.engine import CPU
 from suites.harness import provenance, ranks, topology
 from suites.harness.checkpoint import INTERVAL_S, INTERVAL_VARIABLE
 from suites.harness.devices import devices_environment
+from suites.harness.measure import STARTED_VARIABLE
 from suites.harness.run import Run
 
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
-
-STARTED_VARIABLE = "AERIE_STARTED"  # when the process of a run was started
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ class OutOfMemoryPredicted(MemoryError):
 
 # Where a run is, for typed outcomes, for its times, and for progress.
 
+STARTED_VARIABLE = "AERIE_STARTED"  # when the process of a run was started, by the parent
 SAY_S = 2.0  # between two words of progress
 FILE_BYTES = 640  # of the file that says it: always the same, so that no reader finds it half there
 
@@ -348,6 +348,8 @@ def measured_flops_per_s(dtype: str) -> float | None:
 
 def measured_bytes_per_s() -> float:
     """The best of several large copies, bytes read and written, on all threads of the process."""
+    from concurrent.futures import ThreadPoolExecutor  # as long as a tenth of a child's start
+
     num_threads = num_cpu_threads()
     size = 128 * 2**20 // num_threads  # 256 MiB in all: more than most last-level caches hold
     parts = [(np.ones(size, np.uint8), np.zeros(size, np.uint8)) for _ in range(num_threads)]

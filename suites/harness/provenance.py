@@ -208,9 +208,11 @@ def git_commit() -> str | None:
         return json.loads((ROOT / SNAPSHOT).read_text(encoding="utf-8"))["git_commit"]
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
-    commit = _git("rev-parse", "HEAD")
-    dirty = "+dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
-    return commit + dirty if commit else None
+    said = _git("status", "--porcelain=v2", "--branch", "--untracked-files=no").splitlines()
+    facts = dict(line.split(" ", 2)[1:] for line in said if line.startswith("# "))
+    dirty = "+dirty" if any(not line.startswith("#") for line in said) else ""
+    commit = facts.get("branch.oid", "(initial)")
+    return commit + dirty if commit != "(initial)" else None
 
 
 def parameters_digest(values: dict[str, np.ndarray]) -> str:
@@ -275,8 +277,8 @@ def _origin(module: str) -> str:
         spec = find_spec(top)
         return spec.origin or "" if spec else ""
     for place in getattr(sys.modules.get(top), "__path__", [str(ROOT / top)]):
-        path = Path(place, *rest)
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if file.is_file():
-                return str(file)
+        path = os.path.join(place, *rest)  # in text: 400 of pathlib's would be 20 ms of a child
+        for file in (f"{path}.py", os.path.join(path, "__init__.py")):
+            if os.path.isfile(file):
+                return file
     return ""

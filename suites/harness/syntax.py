@@ -20,16 +20,14 @@ from pathlib import Path
 MAX_ENTRIES = 5000  # of files as they were once, about 1 MB; then only what is used now is kept
 
 
-@cache
 def digest(path: str) -> str:
     """Of the syntax tree; empty where there is no file."""
     return _found(path)[0] if path else ""
 
 
-@cache
-def imports(path: str) -> frozenset[str]:
+def imports(path: str) -> list[str]:
     """Names in its import statements, and each that may be a module."""
-    return frozenset(_found(path)[1]) if path else frozenset()
+    return _found(path)[1] if path else []
 
 
 def keep() -> None:
@@ -51,9 +49,11 @@ _is_new = False
 _used: set[str] = set()
 
 
+@cache
 def _found(path: str) -> tuple[str, list[str]]:
     global _is_new
-    content = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        content = file.read()
     key = hashlib.blake2b(content, digest_size=16).hexdigest()
     if key not in _known():
         _known()[key] = _parse(content)
