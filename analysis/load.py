@@ -19,7 +19,7 @@ import pandas as pd
 from suites.harness.record import Record, read_all
 
 INDEX = "index.parquet"
-FRAME_SCHEMA = 4  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 5  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -48,7 +48,7 @@ RECORD_COLUMNS = {
     "device_name": "str", "build_device": "str", "node": "str", "job": "str",
     "cpu_model": "str", "num_cores": "int", "num_threads": "int", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
-    "data_digest": "str", "init_digest": "str",
+    "data_digest": "str", "init_digest": "str", "num_segments": "int",
     # what it must cost
     "num_params": "int", "num_params_non_embedding": "int", "train_flops_per_token": "float",
     "cache_bytes_predicted": "float", "predicted_peak_memory_bytes": "float",
@@ -156,6 +156,7 @@ def _row(record: Record) -> dict[str, Any]:
             "optimizer": _words(run["optimizer"]),
             **{name: resolved.get(name) for name in RESOLVED},
             "node": seen.get("host"),
+            "num_segments": len(seen["segments"]) if seen.get("segments") else None,
             "versions": _words(seen.get("versions")),
             "cache_bytes_predicted": costs.get("cache_bytes"),
         }

@@ -133,6 +133,11 @@ def caveats(frame: pd.DataFrame) -> list[str]:
         )
     if mixed := int((cells.drop_duplicates("cell_id")["num_builds"] > 1).sum()):
         made.append(f"{_count(mixed, 'cell')} mix runs of several builds.")
+    if resumed := int((runs["num_segments"] > 1).sum()):
+        made.append(
+            f"{_count(resumed, 'run')} went on from a checkpoint: seconds, start-up times and peak "
+            "memory are those of the last process alone; losses are of all steps."
+        )
     quality = cells[cells["suite"] == "language_modeling"]
     if len(quality):
         seeds = int(quality["num_seeds"].min())

@@ -253,6 +253,15 @@ def test_markdown_escapes_what_would_break_a_row():
     assert table.markdown() == "| a\\|b |\n| --- |\n| c d\\|e |"
 
 
+def test_runs_that_went_on_from_a_checkpoint_are_flagged():
+    once, twice = ({"segments": [{"host": "node1"}] * count} for count in (1, 2))
+    frame = frame_of([modeling("hawk", "jax", 0, provenance=once)])
+    assert not any("checkpoint" in text for text in report.caveats(frame))
+    frame = frame_of([modeling("hawk", "jax", seed, provenance=twice) for seed in range(3)])
+    assert any(text.startswith("3 runs went on from a checkpoint") for text in
+               report.caveats(frame))  # fmt: skip
+
+
 def test_stale_runs_are_marked():
     frame = frame_of([training("griffin", "jax", 0)])
     frame["is_current"] = False
