@@ -106,6 +106,7 @@ class FakeEngine:
     """Work takes exact time on a clock that only it moves, and only once synchronized."""
 
     device_name = "cpu"
+    num_devices = 1
     resolved_kernels = {}  # noqa: RUF012
 
     def __init__(self, monkeypatch, *, memory=10**12, loss=1.0):
