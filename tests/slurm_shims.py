@@ -82,7 +82,7 @@ class SlurmShims:
         log = self._folder / command / "calls"
         if not log.exists():
             return []
-        lines = log.read_text(encoding="utf-8").split("\x1e")[:-1]
+        lines = log.read_text(encoding="utf-8").replace("\x1d", "\n").split("\x1e")[:-1]
         return [line.split("\x1f")[:-1] for line in lines]
 
     def num_calls(self, *commands: str) -> int:
@@ -122,7 +122,8 @@ _SCRIPT = """#!/bin/bash
 here={folder}
 printf -v call '%s\\x1f' "$@"
 [ $# -gt 0 ] || call=
-printf '%s\\x1e' "$call" >>"$here/calls" # one write: calls at once do not mix
+call=${{call//$'\\n'/$'\\x1d'}} # bash writes line by line: in one write calls do not mix
+printf '%s\\x1e' "$call" >>"$here/calls"
 number=$(($(tr -cd '\\036' <"$here/calls" | wc -c) - 1))
 [ -e "$here/answer-$number" ] || number=last
 . "$here/answer-$number"
