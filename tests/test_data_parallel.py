@@ -87,6 +87,7 @@ def test_four_ranks_of_torch_compute_what_one_does(family, tmp_path):
     check(family, "torch", computed("torch", family, tmp_path, num_processes=4))
 
 
+@pytest.mark.slow  # a minute, most of it to compile
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_devices_of_one_process_of_jax_compute_what_one_does(family, tmp_path):
     check(family, "jax", computed("jax", family, tmp_path, num_processes=1, virtual=4))

@@ -177,6 +177,8 @@ def _blame(
     report: dict[str, Any],
 ) -> tuple[str, str, str]:
     """Outcome, reason and phase of a run that ends with the death of one of its ranks."""
+    from suites.harness.executors import Ended
+
     if report:
         return report["outcome"], f"rank {rank}: {report['reason']}", report["phase"]
     kills = provenance.num_out_of_memory_kills()
