@@ -272,11 +272,30 @@ def compile_(overrides: Overrides = None, results: Results = RAW, as_json: Json 
 
 
 @app.command()
-def doctor(results: Results = RAW, as_json: Json = False) -> None:
-    """Say what this machine has: cores, memory, devices, versions, disk."""
-    from suites import commands
+def doctor(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="cluster=NAME, cluster.KEY=VALUE.", autocompletion=_complete),
+    ] = None,
+    results: Results = RAW,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds that the job may wait in the queue.")
+    ] = 300.0,
+    no_job: Annotated[bool, typer.Option("--no-job", help="Do not look at a node.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has; with cluster=NAME whether that cluster takes our jobs."""
+    if overrides:
+        from suites import doctor
 
-    raise typer.Exit(commands.doctor(results, as_json=as_json))
+        code = doctor.doctor(
+            overrides, results, timeout_s=timeout, with_job=not no_job, as_json=as_json
+        )
+    else:
+        from suites import commands
+
+        code = commands.doctor(results, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @data_app.command()

@@ -31,10 +31,10 @@ class Refused(Exception):
 class Launcher(Protocol):
     """Carries arrays of jobs to where they run."""
 
-    def script(self, submission: Submission, array: int) -> str:
-        """What would be submitted, as text."""
+    def script(self, submission: Submission, array: int, command: str | None = None) -> str:
+        """What would be submitted, as text; `command` instead of the worker, where it is given."""
 
-    def submit(self, submission: Submission, array: int) -> str:
+    def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
         """Submits an array and returns its job id. Raises Refused; nothing is submitted then."""
 
     def poll(self, job_ids: Iterable[str]) -> dict[str, Seen]:
@@ -49,19 +49,18 @@ class Launcher(Protocol):
 class Slurm:
     """Arrays of Slurm."""
 
-    def script(self, submission: Submission, array: int) -> str:
-        return self._array(submission, array)._make_submission_file_text(
-            _command(submission, array), ""
-        )
+    def script(self, submission: Submission, array: int, command: str | None = None) -> str:
+        command = command or _command(submission, array)
+        return self._array(submission, array)._make_submission_file_text(command, "")
 
-    def submit(self, submission: Submission, array: int) -> str:
+    def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         submission.logs(array).mkdir(parents=True, exist_ok=True)
         made = self._array(submission, array)
         try:
             with redirect_stderr(io.StringIO()):  # what sbatch says is in the error, too
-                return made._submit_command(_command(submission, array)).job_id
+                return made._submit_command(command or _command(submission, array)).job_id
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             raise Refused(_reason(str(error))) from None
 
@@ -140,16 +139,17 @@ class ThisMachine:
     """Jobs of an array one after the other, in a process that outlives the command. Its job id
     names that process."""
 
-    def script(self, submission: Submission, array: int) -> str:
+    def script(self, submission: Submission, array: int, command: str | None = None) -> str:
         setup = _setup(submission, submission.cluster(array))
-        command = f"{_command(submission, array)} 0-{submission.arrays[array].num_jobs - 1}"
+        if command is None:
+            command = f"{_command(submission, array)} 0-{submission.arrays[array].num_jobs - 1}"
         return "\n".join(["#!/bin/bash", *setup, command, ""])
 
-    def submit(self, submission: Submission, array: int) -> str:
+    def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
         logs = submission.logs(array)
         logs.mkdir(parents=True, exist_ok=True)
         script = logs / "job.sh"
-        script.write_text(self.script(submission, array), encoding="utf-8")
+        script.write_text(self.script(submission, array, command), encoding="utf-8")
         name = submission.job_name(array)
         with (logs / "log.out").open("ab") as output:
             process = subprocess.Popen(
