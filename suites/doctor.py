@@ -1,12 +1,10 @@
 """`aerie doctor cluster=NAME`: whether a cluster takes our jobs, and how it treats them.
 
 From the login node it asks Slurm, the store and the interpreters; then one short job, started as
-every job is, tells what a node finds (suites/harness/examine.py is its side). Nothing is guessed:
+every job is, tells what a node finds (suites/harness/talk.py). Nothing is guessed:
 what could not be asked is said to be unknown.
 """
 
-import contextlib
-import json
 import os
 import re
 import shutil
@@ -15,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,31 +21,15 @@ from typing import Any
 from implementations.engine import CPU, TPUS
 from suites import compose, display
 from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
-from suites.harness import (
-    examine,
-    launch,
-    pack,
-    provenance,
-    slurm,
-    snapshot,
-    states,
-    submission,
-    worker,
-)
+from suites.harness import examine, launch, provenance, slurm, snapshot, states, talk, worker
 from suites.harness.cluster import Cluster
-from suites.harness.launch import Launcher
-from suites.harness.slurm import Limits, Partition, Seen
-from suites.harness.submission import Submission
+from suites.harness.slurm import Limits, Partition
+from suites.harness.talk import Heard, Round
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 OLDEST = (20, 11)  # Slurm whose answers are known here
 BACKENDS = ("jax", "torch")
-JOB_MIN = 5  # that the job may take: it takes one where nothing is slow
-ANSWER_S = 120.0  # that Python may take to begin, and Slurm to end a job after its time
-LOOK_S = 0.05  # between two looks at the store, POLL_S at the queue
-POLL_S = 2.0
-ROUNDS, ROUNDS_S = 5, 90.0  # of files there and back, and until no further one is begun
 CHECKPOINT_S = 20.0  # for a last checkpoint; a shorter warning is not worth much
 MIN_FREE_BYTES = 2**30
 SHARED = ("nfs", "lustre", "gpfs", "beegfs", "fhgfs", "ceph", "panfs", "wekafs", "pvfs", "orangefs",
@@ -348,7 +330,7 @@ def _times(cluster: Cluster, limits: Limits | None) -> Iterator[Finding]:
 
 def _request(cluster: Cluster, store: Path) -> Finding:
     """Whether sbatch would take a job of this cluster now, by its own batch file."""
-    made = _drafted(cluster, store, store / "code" / "DIGEST")
+    made = talk.draft(cluster, store, store / "code" / "DIGEST")
     script = launch.launcher("slurm").script(made, 0)
     code, said = _ask("sbatch", "--test-only", text=script)
     if code == 0:
@@ -455,81 +437,42 @@ def _interpreters(cluster: Cluster) -> Iterator[Finding]:
 # From a node ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Round:
-    """One file there and one back: times of the clocks of both sides."""
-
-    sent_at: float  # here
-    seen_at: float  # there
-    answered_at: float  # there
-    back_at: float  # here
-
-
-class _Ended(Exception):
-    """The job is no more, and has not said all."""
-
-
-class _NotBegun(Exception):
-    """The job waited too long."""
-
-
 def _examine(
     cluster: Cluster, store: Path, timeout_s: float
 ) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Starts the job, talks to it, and takes away what it has left."""
     try:
         code = snapshot.take(store)
+        heard = talk.talk(cluster, store, code, _asked(cluster), timeout_s)
     except OSError as error:
-        return [Finding("job", f"no copy of the code: {error}", PROBLEM, "see store")], None
-    folder = store / "doctor" / uuid.uuid4().hex[:8]
-    made = _drafted(_short(cluster), store, code, folder)
-    folder.mkdir(parents=True)
-    examine.publish(folder / "asked.json", _asked(cluster))
-    launcher, job_id = launch.launcher(cluster.executor), None
-    command = cluster.command("-u", "-m", "suites.harness.examine", str(folder))
-    try:
-        job_id = launcher.submit(made, 0, command)
-        made.remember_job_id(0, job_id)
-        return _talk(_Talk(launcher, made, job_id), cluster, code, timeout_s)
+        return [Finding("job", f"the store cannot be written: {error}", PROBLEM, "see store")], None
     except launch.Refused as error:
-        advice = "sbatch refuses the job: see request, above"
-        return [Finding("job", f"refused: {error}", PROBLEM, advice)], None
-    finally:
-        if job_id is not None:
-            _cancel(launcher, job_id)
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another doctor is at work
-            folder.parent.rmdir()
+        return [Finding("job", f"refused: {error}", PROBLEM, "see request, above")], None
+    findings = [_job(heard, cluster, store)]
+    if heard.rounds or heard.is_whole:
+        findings += _clocks(heard.rounds, cluster)
+    if heard.report is not None:
+        findings += _found(heard.report, cluster, code)
+    return findings, heard.report
 
 
-def _cancel(launcher: Launcher, job_id: str) -> None:
-    try:
-        launcher.cancel([job_id])
-    except slurm.Unreachable as error:
-        print(f"aerie: job {job_id} could not be cancelled: {error}", file=sys.stderr)
-
-
-def _short(cluster: Cluster) -> Cluster:
-    """The same request, for the few minutes that the job takes."""
-    return replace(
-        cluster,
-        time=min(cluster.time_min, JOB_MIN),
-        stop_warning_s=0,
-        is_requeued=False,
-        max_parallel=None,
-    )
-
-
-def _drafted(cluster: Cluster, store: Path, code: Path, folder: Path | None = None) -> Submission:
-    """One job of a cluster, as a submission would have it."""
-    made = submission.draft(
-        store,
-        title="doctor",
-        command="aerie doctor",
-        snapshot=code,
-        packed=[(cluster, [[pack.Job()]])],
-    )
-    return made if folder is None else replace(made, folder=folder)
+def _job(heard: Heard, cluster: Cluster, store: Path) -> Finding:
+    job_id = heard.job_id.partition("@")[0]
+    if heard.is_late:
+        found = f"{job_id} did not begin in time: {heard.state}; cancelled"
+        advice = "try again later, with a longer --timeout, or without: --no-job"
+        return Finding("job", found, WARNING, advice)
+    if heard.report is None:
+        python = cluster.python.get("worker", sys.executable)
+        inside = f" in {cluster.container}" if cluster.container else ""
+        advice = f"the node must see {store} and {python}{inside}; cluster.setup must not fail"
+        words = f"{job_id} did not begin: {heard.state}: {heard.last_words or 'no log'}"
+        return Finding("job", words, PROBLEM, advice)
+    where = f"{job_id} on {heard.report['node']}"
+    if not heard.is_whole:
+        step = heard.report.get("now", "files there and back")
+        advice = heard.last_words or "it left no log"
+        return Finding("job", f"{where} ended at {step}: {heard.state}", PROBLEM, advice)
+    return Finding("job", f"{where}, {display.duration(heard.waited_s)} after its submission", OK)
 
 
 def _asked(cluster: Cluster) -> dict[str, Any]:
@@ -546,147 +489,7 @@ def _has_tpus(cluster: Cluster) -> bool:
     return set(cluster.device_kinds) <= set(TPUS)
 
 
-@dataclass
-class _Talk:
-    """What is known of the job so far."""
-
-    launcher: Launcher
-    made: Submission
-    job_id: str
-    seen: Seen | None = None
-    report: dict[str, Any] | None = None
-    ends_at: float = float("inf")  # when it is given up, once it runs
-    _asked_at: float = float("-inf")
-    _gone_at: float | None = None
-    _said: str = ""
-
-    def say(self, line: str) -> None:
-        if line != self._said:
-            print(f"job {self.job_id} {line}", file=sys.stderr, flush=True)
-        self._said = line
-
-    def look(self) -> dict[str, Any] | None:
-        """The report as it is. Raises _Ended where the job left without one that is whole, and the
-        store had time to show it."""
-        names = os.listdir(self.made.folder)  # by name alone an NFS remembers that it was not there
-        if examine.REPORT in names:
-            text = (self.made.folder / examine.REPORT).read_text(encoding="utf-8")
-            self.report = json.loads(text)
-        now = time.monotonic()
-        if now - self._asked_at > POLL_S:
-            self._asked_at = now
-            try:
-                found = self.launcher.poll([self.job_id])
-            except slurm.Unreachable as error:
-                self.say(f"is not known: {error}")
-                return self.report
-            self.seen = found.get(f"{self.job_id}_0") or found.get(self.job_id) or self.seen
-            is_here = any(one.is_in_queue for one in found.values())
-            self._gone_at = None if is_here else self._gone_at or now
-        is_whole = bool(self.report and self.report.get("is_whole"))
-        is_gone = self._gone_at is not None and now - self._gone_at > self.made.clusters[0].view_s
-        if not is_whole and (is_gone or now > self.ends_at):
-            raise _Ended
-        return self.report
-
-    def last_words(self) -> str:
-        log = launch.log_of(self.made, 0, 0)
-        own = [log, *sorted(log.parent.glob("*.out"))]
-        text = "\n".join(p.read_text(errors="replace") for p in dict.fromkeys(own) if p.is_file())
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        told = [line for line in lines if "rror" in line and "srun: error:" not in line] or lines
-        return told[-1][:300] if told else ""
-
-
-def _talk(
-    talk: _Talk, cluster: Cluster, code: Path, timeout_s: float
-) -> tuple[list[Finding], dict[str, Any] | None]:
-    start, rounds, ended = time.monotonic(), [], False
-    try:
-        _wait_until_begun(talk, timeout_s)
-        waited = time.monotonic() - start
-        rounds = list(_rounds(talk, cluster))
-        examine.publish(talk.made.folder / examine.ENOUGH, {})
-        while not talk.look().get("is_whole"):
-            talk.say(f"looks at {talk.report.get('now', 'its node')}")
-            time.sleep(LOOK_S)
-    except _NotBegun as error:
-        advice = "try again later, with a longer --timeout, or without: --no-job"
-        return [Finding("job", f"{talk.job_id} {error}; cancelled", WARNING, advice)], None
-    except _Ended:
-        ended = True
-    if talk.report is None:
-        return [_silent(talk, cluster)], None
-    where = f"{talk.job_id} on {talk.report['node']}"
-    findings = list(_found(talk.report, rounds, cluster, code))
-    if ended:
-        state = talk.seen.state if talk.seen else "gone"
-        found = f"{where}: {state} before it was through with {talk.report.get('now', 'files')}"
-        return [Finding("job", found, PROBLEM, talk.last_words()), *findings], talk.report
-    waited = display.duration(waited)
-    return [Finding("job", f"{where}, after {waited} in the queue", OK), *findings], talk.report
-
-
-def _wait_until_begun(talk: _Talk, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while talk.look() is None:
-        state = talk.seen.state if talk.seen else "not seen yet"
-        reason = (talk.seen.reason if talk.seen else None) or state
-        if talk.seen is None or slurm.kind(state) == slurm.WAITING:
-            talk.say(f"waits in the queue: {reason}")
-            if time.monotonic() > end:
-                raise _NotBegun(f"did not begin within {timeout_s:g} s: {reason}")
-        else:
-            talk.say("starts")
-            talk.ends_at = min(talk.ends_at, time.monotonic() + ANSWER_S)
-        time.sleep(LOOK_S)
-    talk.ends_at = time.monotonic() + 60 * JOB_MIN + ANSWER_S
-
-
-def _silent(talk: _Talk, cluster: Cluster) -> Finding:
-    state = talk.seen.state if talk.seen else "gone"
-    words = talk.last_words()
-    python = cluster.python.get("worker", sys.executable)
-    advice = (
-        f"the node must see {talk.made.store} and {python}"
-        f"{' in ' + cluster.container if cluster.container else ''}; setup lines must not fail"
-    )
-    return Finding("job", f"{state}, and it did not begin: {words or 'no log'}", PROBLEM, advice)
-
-
-def _rounds(talk: _Talk, cluster: Cluster) -> Iterator[Round]:
-    """Files there and back until there are enough, or it takes too long."""
-    folder, end = talk.made.folder, time.monotonic() + ROUNDS_S
-    for number in range(ROUNDS):
-        token, sent_at = uuid.uuid4().hex, time.time()
-        examine.publish(folder / f"{examine.HERE}{number}", {"token": token})
-        name = f"{examine.THERE}{number}"
-        while name not in os.listdir(folder):
-            talk.say("sends files there and back")
-            talk.look()
-            if time.monotonic() > end:
-                return
-            time.sleep(examine.LOOK_S)
-        back_at = time.time()
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-        assert values["token"] == token, values
-        yield Round(sent_at, values["seen_at"], values["sent_at"], back_at)
-
-
-def skew(rounds: Iterable[Round]) -> tuple[float, float]:
-    """Bounds of the node's clock minus ours: it saw a file after we wrote it, and we its answer
-    after it wrote that."""
-    rounds = list(rounds)
-    return (
-        max(one.answered_at - one.back_at for one in rounds),
-        min(one.seen_at - one.sent_at for one in rounds),
-    )
-
-
-def _found(
-    report: dict[str, Any], rounds: list[Round], cluster: Cluster, code: Path
-) -> Iterator[Finding]:
-    yield from _clocks(rounds, cluster)
+def _found(report: dict[str, Any], cluster: Cluster, code: Path) -> Iterator[Finding]:
     steps: dict[str, Callable[[Any], Iterable[Finding]]] = {
         "worker": lambda found: _worker(found, cluster, code),
         "scratch": lambda found: _scratch(found, cluster),
@@ -700,11 +503,11 @@ def _found(
 
 def _clocks(rounds: list[Round], cluster: Cluster) -> Iterator[Finding]:
     if not rounds:
-        advice = f"raise cluster.view_s above {ROUNDS_S:g}, or choose another file system"
-        found = f"no answer to a file within {ROUNDS_S:g} s"
+        advice = f"raise cluster.view_s above {talk.ROUNDS_S:g}, or choose another file system"
+        found = f"no answer to a file within {talk.ROUNDS_S:g} s"
         yield Finding("renames", found, PROBLEM, advice)
         return
-    low, high = skew(rounds)
+    low, high = talk.skew(rounds)
     there = max(one.seen_at - one.sent_at - low for one in rounds)
     here = max(one.back_at - one.answered_at + high for one in rounds)
     found = f"{len(rounds)} there and back: seen there within {there:.2f} s, here within {here:.2f}"

@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-REPORT = "node.json"
+ASKED, REPORT = "asked.json", "node.json"
 HERE, THERE, ENOUGH = "here-", "there-", "enough"  # files of the login node, of the node, the end
 LOOK_S = 0.02  # between two looks at the folder
 ANSWER_S = 150.0  # until the login node is no longer listened to
@@ -52,7 +52,7 @@ print(json.dumps({"version": metadata.version("torch"), "platform": "gpu" if fou
 
 
 def main(folder: Path) -> None:
-    asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+    asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
     report: dict[str, Any] = {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "python": sys.executable,
