@@ -21,7 +21,7 @@ from typing import Any
 from implementations.engine import CPU, TPUS
 from suites import compose, display
 from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
-from suites.harness import examine, launch, provenance, slurm, snapshot, states, talk, worker
+from suites.harness import examine, launch, provenance, slurm, snapshot, talk, worker
 from suites.harness.cluster import Cluster
 from suites.harness.slurm import Limits, Partition
 from suites.harness.talk import Heard, Round
@@ -184,8 +184,8 @@ def _accounting(limits: Limits) -> Finding:
         "accounting",
         found,
         WARNING,
-        f"all works but one thing: how a killed job ended is known for {age} (MinJobAge). Keep "
-        "aerie wait or aerie status --watch running; what is asked later counts as lost",
+        f"how a killed job ended is known for {age} (MinJobAge): keep aerie wait or aerie status "
+        "--watch running. Asked for later its run ends as node_failure, and is run again",
     )
 
 
@@ -318,10 +318,10 @@ def _times(cluster: Cluster, limits: Limits | None) -> Iterator[Finding]:
         )
     yield Finding("times", found, WARNING if advice else OK, "; ".join(advice))
     kill_wait = limits and limits.kill_wait_s
-    if kill_wait is not None and kill_wait < worker.KILL_S:
+    if kill_wait is not None and kill_wait < worker.RECORDS_S:
         advice = (
-            f"jobs count on {worker.KILL_S:g} s: a run that is cancelled may be killed before its "
-            "record is written, and the next aerie status writes it"
+            f"jobs count on {worker.RECORDS_S:g} s to write records once they are cancelled; those "
+            "that are missing the next aerie status writes"
         )
         yield Finding("KillWait", f"{kill_wait:g} s", WARNING, advice)
     elif kill_wait is not None:
@@ -417,6 +417,9 @@ def _interpreters(cluster: Cluster) -> Iterator[Finding]:
             found = provenance.versions(python)
         except (ValueError, OSError, subprocess.TimeoutExpired) as error:
             line = " ".join(str(error).split())
+            if name == "worker":  # of the nodes alone; those of backends say what is current, here
+                yield Finding(what, f"{line} (here: the job tells of a node)")
+                continue
             advice = f"set cluster.python.{name} to an interpreter that runs here and on the nodes"
             yield Finding(what, line, PROBLEM, advice)
             continue
@@ -518,15 +521,15 @@ def _clocks(rounds: list[Round], cluster: Cluster) -> Iterator[Finding]:
         yield Finding("renames", found, OK)
     found = f"{(low + high) / 2:+.3f} s, at most {(high - low) / 2:.3f} s off"
     worst = max(abs(low), abs(high))
-    if worst > cluster.view_s or worst + worker.BEAT_S + here > states.FRESH_S:
-        advice = (
-            "signs of life are read by both clocks: a living job may be taken for a dead one; the "
-            "site's clocks must be set (NTP)"
+    advice, verdict = "", OK
+    if worst + worker.BEAT_S + here > cluster.lost_after_s:
+        advice, verdict = (
+            "a living job may be taken for lost: the clocks must be set (NTP)",
+            PROBLEM,
         )
-        verdict = PROBLEM if min(abs(low), abs(high)) > cluster.view_s else WARNING
-        yield Finding("clock of the node", found, verdict, advice)
-    else:
-        yield Finding("clock of the node", found, OK)
+    elif worst > cluster.view_s:
+        advice, verdict = "times of records do not agree: the clocks should be set (NTP)", WARNING
+    yield Finding("clock of the node", found, verdict, advice)
 
 
 def _worker(found: dict[str, Any], cluster: Cluster, code: Path) -> Iterator[Finding]:

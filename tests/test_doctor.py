@@ -3,14 +3,17 @@ Slurm, and by what commands print where that cannot be made here."""
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from implementations.config import build
 from suites import doctor
 from suites.__main__ import main
 from suites.doctor import OK, PROBLEM, WARNING, Finding
@@ -130,7 +133,7 @@ def test_a_partition_that_is_down_or_short_is_a_problem(slurm, tell):
 def test_a_python_that_does_not_exist_is_said_by_the_job_too(slurm, tell):
     told = tell(slurm, "cluster.python.worker=/nowhere/python")
     assert told.code == 1
-    assert told.verdict("python for worker") == told.verdict("job") == PROBLEM
+    assert told.verdict("job") == PROBLEM
     assert "/nowhere/python: No such file or directory" in told.found("job")
 
 
@@ -289,6 +292,8 @@ def test_the_clock_of_a_node_is_bounded_by_what_was_seen():
     renames, clock = doctor._clocks(rounds, CLUSTER)
     assert renames.verdict == OK
     assert clock.found == "+100.000 s, at most 1.000 s off"
+    assert clock.verdict == WARNING
+    _, clock = doctor._clocks(rounds, replace(CLUSTER, lost_after_s=110.0))
     assert clock.verdict == PROBLEM
     renames, _ = doctor._clocks(rounds, replace(CLUSTER, view_s=2.0))
     assert renames.verdict == PROBLEM
@@ -369,3 +374,26 @@ def test_the_innermost_file_system_holds_a_path(tmp_path):
     kind, place = examine.file_system(Path("/proc/self"))
     assert (kind, place) == ("proc", "/proc")
     assert tmp_path.is_relative_to(examine.file_system(tmp_path)[1])
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_has_every_key_of_a_cluster_with_its_default():
+    table = README.partition("## Clusters")[2]
+    told = {
+        key: default.strip(" `")
+        for keys, default in re.findall(r"^\|(.*?)\|(.*?)\|", table, re.MULTILINE)
+        for key in re.findall("`(.*?)`", keys)
+    }
+    for field in fields(Cluster):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        want = "" if default is MISSING else json.dumps(default)
+        assert told[field.name].replace("[cpu]", '["cpu"]') == want.removesuffix(".0"), field.name
+
+
+def test_the_cluster_of_the_readme_can_be_built():
+    text = README.partition("# configs/cluster/mine.yaml\n")[2].partition("```")[0]
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    cluster = build(Cluster, values, "README")
+    assert (cluster.time_s, cluster.num_devices) == (8 * 3600, 8)
