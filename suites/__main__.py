@@ -291,6 +291,8 @@ def doctor(
         code = doctor.doctor(
             overrides, results, timeout_s=timeout, with_job=not no_job, as_json=as_json
         )
+    elif no_job:
+        raise typer.BadParameter("--no-job is about a cluster: name it, cluster=NAME.")
     else:
         from suites import commands
 

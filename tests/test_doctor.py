@@ -81,6 +81,8 @@ def test_a_node_is_examined_by_a_job(slurm, tell, tmp_path, capsys):
         assert told.verdict(what) == OK, told.rows[what]
     node = told.values["node"]
     assert node["node"] in ("cpu1", "cpu2")
+    if slurm.has_memory_limits:  # they are set on the job, above the group that a task is in
+        assert node["worker"]["memory_bytes"] == 2**30
     assert node["jax"]["version"] == provenance.versions()["jax"]
     assert Path(node["worker"]["code"]).parent == tmp_path / "store" / "code"
     assert os.listdir(tmp_path / "store") == ["code"]  # nothing else is left behind
@@ -167,6 +169,7 @@ def test_what_a_job_found_before_it_was_killed_is_kept(slurm, tell, tmp_path):
     [
         (["suite=parity"], "takes cluster=NAME and cluster.KEY=VALUE alone"),
         (["cluster=nowhere"], "nowhere"),
+        (["--no-job"], "cluster=NAME"),
         (["cluster=local,slurm_cpu"], "name one"),
         (["cluster=slurm_cpu", "cluster.tim=3"], "'tim'"),
         (["cluster=local", "--timeout", "0"], "--timeout 0; must be positive"),
@@ -380,7 +383,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 
 
 def test_the_readme_has_every_key_of_a_cluster_with_its_default():
-    table = README.partition("## Clusters")[2]
+    table = README.partition("## Clusters")[2].partition("```yaml")[0]
     told = {
         key: default.strip(" `")
         for keys, default in re.findall(r"^\|(.*?)\|(.*?)\|", table, re.MULTILINE)

@@ -238,7 +238,8 @@ def _git(*arguments: str) -> str:
 
 
 def _cgroup_files(name: str) -> list[Path]:
-    """Files of this name in our control groups (v2 and v1) that exist."""
+    """Files of this name in our control groups (v2 and v1) and those above them, that exist: Slurm
+    limits a job, and a task is in a group further down."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -247,8 +248,8 @@ def _cgroup_files(name: str) -> list[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
-            group = Path("/sys/fs/cgroup", controllers)
-            found += [group / path.lstrip("/") / name, group / name]
+            group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+            found += [place / name for place in (group, *group.parents)]
     return [path for path in found if path.is_file()]
 
 
