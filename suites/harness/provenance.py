@@ -121,8 +121,16 @@ def machine() -> dict[str, Any]:
         "num_cores": num_cores(),
         "memory_bytes": memory_bytes(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": _platform(),
     }
+
+
+def _platform() -> str:
+    """As platform.platform(), which starts a process to ask for the processor, and drops that."""
+    if sys.platform != "linux":
+        return platform.platform()
+    here = os.uname()
+    return f"{here.sysname}-{here.release}-{here.machine}-with-{''.join(platform.libc_ver())}"
 
 
 def node() -> str:
