@@ -1,6 +1,7 @@
 """A copy of the code, taken once by content: what is queued runs from it, not from the checkout
 that is edited meanwhile."""
 
+import compileall
 import hashlib
 import json
 import shutil
@@ -40,6 +41,8 @@ def take(store: Path) -> Path:
         place.write_bytes(content)
     facts = {"git_commit": provenance.git_commit()}
     write_atomically(draft / FACTS, json.dumps(facts))
+    # or every process of every job compiles it, where bytecode is not written on the nodes
+    compileall.compile_dir(draft, quiet=2, stripdir=str(draft), prependdir=str(folder))
     try:
         draft.rename(folder)
         sync_folder(folder.parent)
