@@ -241,13 +241,17 @@ def ended(executor, handle):
 
 
 def test_a_killed_training_goes_on_and_ends_as_if_it_was_not(stub):
-    run = train_run()
-    for number in range(2):
+    run, before = train_run(), None
+    saved = stub / "checkpoints" / run.run_id / "checkpoint"
+    for _ in range(2):
         executor, handle, task = started(stub, run, checkpoint_s=0.1)
-        time.sleep(0.5)
+        deadline = time.time() + 20
+        while not saved.exists() or saved.read_bytes() == before:
+            assert time.time() < deadline
+            time.sleep(0.01)
         executor.cancel(handle)
+        before = saved.read_bytes()
         assert last_phase(stub, task) == "measure"
-        assert (stub / "checkpoints" / run.run_id / "checkpoint").exists(), number
     sweep(stub, [without_block(stub, run)], Cluster(name="here", executor="local"))
     (record,) = read_all(stub)
     value, want = 0.0, []
