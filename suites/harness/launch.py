@@ -84,6 +84,7 @@ class Slurm:
             **_asked(cluster),
             array_parallelism=cluster.max_parallel or count,
             signal_delay_s=cluster.stop_warning_s,
+            wckey=None,  # submitit's own: sites that know their keys refuse it
             stderr_to_stdout=True,
             setup=_setup(submission, cluster),
             srun_args=[

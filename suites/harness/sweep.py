@@ -30,6 +30,7 @@ from suites.harness.run import Run
 
 POLL_S = 0.25  # between looks at a child's memory; its end is noticed at once
 SIGNALS_OF_SLURM = (signal.SIGUSR2, signal.SIGTERM)  # it sends them to all processes of a job
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 NEWS_S = 2.0  # between a signal's effect on a child and the moment that we have it too
 
 
@@ -150,34 +151,30 @@ def sweep(
             if (record := _look(store, handle, job, executor, cluster, stop)) is not None:
                 end(handle, record)
 
-    with _terminable() if watch is None else contextlib.nullcontext():
-        try:
-            while waiting or running or any(slots):
-                if watch is not None and (stop := watch()) is not None:
-                    break
-                for slot, unit in enumerate(slots):
-                    while slot not in {job.slot for job in running.values()}:
-                        if not unit and not waiting:
-                            break
-                        if not unit:
-                            unit.extend(waiting.popleft())
-                        start(unit.popleft(), slot)
-                executor.wait(POLL_S)
-                look()
-        except KeyboardInterrupt:
-            stop = Stop(outcome="cancelled", reason="interrupted", grace_s=0.0)
+    with _interruptible() if watch is None else contextlib.nullcontext(watch) as watch:
+        while waiting or running or any(slots):
+            if (stop := watch()) is not None:
+                break
+            for slot, unit in enumerate(slots):
+                while slot not in {job.slot for job in running.values()}:
+                    if not unit and not waiting:
+                        break
+                    if not unit:
+                        unit.extend(waiting.popleft())
+                    start(unit.popleft(), slot)
+            executor.wait(POLL_S)
+            look()
         if stop is not None:
             result.is_interrupted = True
-            with _deaf() if watch is None else contextlib.nullcontext():
-                _ask_to_stop(running, executor, stop, look)
-                for handle, job in list(running.items()):
-                    executor.cancel(handle)
-                    record = _read(store, job.task)
-                    if record is None:
-                        outcome = stop.outcome_after(time.perf_counter() - job.start)
-                        record = _killed(store, job, outcome, stop.reason)
-                        write(store, record)
-                    end(handle, record)
+            _ask_to_stop(running, executor, stop, look)
+            for handle, job in list(running.items()):
+                executor.cancel(handle)
+                record = _read(store, job.task)
+                if record is None:
+                    outcome = stop.outcome_after(time.perf_counter() - job.start)
+                    record = _killed(store, job, outcome, stop.reason)
+                    write(store, record)
+                end(handle, record)
     return result
 
 
@@ -295,29 +292,17 @@ def _predicted(task: Task, smaller: Run) -> Record:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
+def _interruptible() -> Iterator[Callable[[], Stop | None]]:
+    """Ctrl-C and SIGTERM stop a sweep, at its next look: raised in the middle of a start, they
+    would leave a child that nobody knows of. While it stops, further ones are of no effect."""
+    noted: list[int] = []
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in INTERRUPTS}
     except ValueError:  # not the main thread: the caller's signals are not ours
-        yield
-        return
+        before = {}
+    interrupted = Stop(outcome="cancelled", reason="interrupted", grace_s=0.0)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """A second Ctrl-C does not stop us from leaving records."""
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
+        yield lambda: interrupted if noted else None
     finally:
         for number, action in before.items():
             signal.signal(number, action)
