@@ -329,6 +329,7 @@ class SlurmCluster:
                 "mariadb-install-db", "--no-defaults", *options, "--skip-test-db",
                 "--skip-name-resolve", "--auth-root-authentication-method=socket",
                 f"--auth-root-socket-user={_user()}",
+                f"--tmpdir={run}",  # two at once are in each other's way in /tmp
             )  # fmt: skip
         (run / "mariadb.sock").unlink(missing_ok=True)
         return ["mariadbd", "--no-defaults", *options, "--skip-networking", "--skip-log-bin",
