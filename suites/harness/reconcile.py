@@ -211,8 +211,9 @@ def _said(
         return reason
     log = launch.log_of(made, array, index)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
-    return f"{reason}: {last[:300]}" if last else reason
+    lines = [line.strip() for line in lines if line.strip()]
+    words = [line for line in lines if not line.startswith("srun:")] or lines  # it only reports
+    return f"{reason}: {words[-1][:300]}" if words else reason
 
 
 def _never_began(
