@@ -21,6 +21,7 @@ from suites.harness.reconcile import JobView
 from suites.harness.record import OUTCOMES
 from suites.harness.states import TaskState
 from suites.harness.submission import Submission
+from suites.harness.sweep import BLOCK
 
 EVERY_S = 10.0  # between two looks at a queue
 MAX_ROWS = 20  # of runs that are shown while they run
@@ -95,7 +96,8 @@ def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
     jobs: dict[str, list[JobView]] = {}
     for job in view.jobs:
         jobs.setdefault(job.made.id, []).append(job)
-    claimed = {place.name for place in (store / "claims").glob("[!.]*")}
+    names = (place.name for place in (store / "claims").glob("[!.]*"))
+    claimed = {name for name in names if not name.startswith(BLOCK)}
     made = [
         _progress(one, jobs.get(one.id, []), ends, claimed, wanted)
         for one in submission.read(store)

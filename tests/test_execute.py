@@ -378,3 +378,14 @@ def _child_of(pid: int, other_than: int = 0) -> int:
                 return int(path)
         time.sleep(0.02)
     raise AssertionError(f"process {pid} has started no child")
+
+
+def test_a_block_is_measured_by_one_sweep_alone(stub):
+    """Shared run by run by two that were given it, it would be whole in neither."""
+    both = [parent(stub, "sleep", 4) for _ in range(2)]
+    told = [json.loads(p.communicate(timeout=60)[0]) for p in both]
+    records = list(read_all(stub))
+    assert sorted(started for _, started in told) == [0, 4]
+    assert len(records) == 4
+    assert len({record.block for record in records}) == 1
+    assert not list((stub / "claims").glob("[!.]*"))

@@ -18,6 +18,7 @@ from suites.harness.record import Record, record_path, write
 from suites.harness.slurm import Seen, Unreachable
 from suites.harness.states import Memory, TaskState
 from suites.harness.submission import Submission
+from suites.harness.sweep import block_claim, units
 
 ORPHAN_S = 600.0  # until an intent of another machine, unknown to Slurm, was never submitted
 
@@ -187,20 +188,28 @@ def _close(
 ) -> None:
     """Records and claims of a job that has ended, for what it could not do itself."""
     key, limit_s = f"{made.job_id(array)}_{index}", made.cluster(array).time_s
-    for item in made.runs(array, index):
+    given = made.runs(array, index)
+    for name in filter(None, map(block_claim, units(given))):
+        _give_back(made.store, name, key)
+    for item in given:
         run_id, has_begun = item.run.run_id, False
         for task in open_attempts(made.store, run_id):
             if task.owner.get("job") == key or not claims.is_alive(task.owner):
                 has_begun = True
                 _write(made.store, task, *states.verdict(one, limit_s=limit_s))
-        owner = claims.owner(made.store, run_id)
-        if owner is not None and (owner.get("job") == key or not claims.is_alive(owner)):
-            claims.release(made.store, run_id)
+        _give_back(made.store, run_id, key)
         outcome, reason = states.verdict(one, has_begun=False, limit_s=limit_s)
         has_failed = outcome is not None and (one is None or one.state != "COMPLETED")
         if has_failed and not has_begun:
             said = _said(made, array, index, reason, beat)
             _never_began(made, array, index, item, outcome, said)
+
+
+def _give_back(store: Path, name: str, key: str) -> None:
+    """Releases what a job that has ended, or a process that is dead, had claimed."""
+    owner = claims.owner(store, name)
+    if owner is not None and (owner.get("job") == key or not claims.is_alive(owner)):
+        claims.release(store, name)
 
 
 def _said(

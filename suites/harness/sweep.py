@@ -1,6 +1,7 @@
 """Runs what a plan says is pending: claims, starts, watches, and leaves a record for every end."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from suites.harness.run import Run
 POLL_S = 0.25  # between looks at a child's memory; its end is noticed at once
 SIGNALS_OF_SLURM = (signal.SIGUSR2, signal.SIGTERM)  # it sends them to all processes of a job
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+BLOCK = "block-"  # claims to blocks begin with it; others are named after runs
 NEWS_S = 2.0  # between a signal's effect on a child and the moment that we have it too
 
 
@@ -68,6 +70,36 @@ class _Running:
     suspect: tuple[Ended, float] | None = None  # ended by a signal that may be for all of us
 
 
+@dataclass
+class _Slot:
+    """What one share of the machine has still to measure of its unit, and the claim to it: a block
+    that two sweeps shared run by run would be whole in neither."""
+
+    unit: deque[Planned] = field(default_factory=deque)
+    claim: str | None = None
+
+    def take(self, store: Path, unit: list[Planned]) -> list[str]:
+        """Run ids of a unit that another process has; none where it is ours now."""
+        claim = block_claim(unit)
+        if claim is not None and not claims.claim(store, claim):
+            return [item.run.run_id for item in unit]
+        self.unit, self.claim = deque(unit), claim
+        return []
+
+    def leave(self, store: Path) -> None:
+        if self.claim is not None:
+            claims.release(store, self.claim)
+        self.claim = None
+
+
+def block_claim(unit: list[Planned]) -> str | None:
+    """The name of the claim to a block of these runs; None for what is no block."""
+    if unit[0].block is None or len(unit) == 1:
+        return None
+    text = " ".join(sorted(item.run.run_id for item in unit))
+    return f"{BLOCK}{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+
 def units(todo: list[Planned]) -> list[list[Planned]]:
     """What one device measures in one piece: a block of timing runs, or one other run."""
     found: dict[str, list[Planned]] = {}
@@ -97,7 +129,7 @@ def sweep(
     proven = list(proven or ())
     session = os.urandom(3).hex()  # rounds are paired within one sweep
     waiting, running, result = deque(units(todo)), {}, Result()
-    slots: list[deque[Planned]] = [deque() for _ in range(cluster.runs_in_parallel)]
+    slots = [_Slot() for _ in range(cluster.runs_in_parallel)]
     stop: Stop | None = None
 
     def end(handle: str, record: Record) -> None:
@@ -152,16 +184,18 @@ def sweep(
                 end(handle, record)
 
     with _interruptible() if watch is None else contextlib.nullcontext(watch) as watch:
-        while waiting or running or any(slots):
+        while waiting or running or any(slot.unit for slot in slots):
             if (stop := watch()) is not None:
                 break
-            for slot, unit in enumerate(slots):
-                while slot not in {job.slot for job in running.values()}:
-                    if not unit and not waiting:
-                        break
-                    if not unit:
-                        unit.extend(waiting.popleft())
-                    start(unit.popleft(), slot)
+            for number, slot in enumerate(slots):
+                while number not in {job.slot for job in running.values()}:
+                    if not slot.unit:
+                        slot.leave(store)
+                        if not waiting:
+                            break
+                        result.elsewhere += slot.take(store, waiting.popleft())
+                    else:
+                        start(slot.unit.popleft(), number)
             executor.wait(POLL_S)
             look()
         if stop is not None:
@@ -175,6 +209,8 @@ def sweep(
                     record = _killed(store, job, outcome, stop.reason)
                     write(store, record)
                 end(handle, record)
+        for slot in slots:
+            slot.leave(store)
     return result
 
 
