@@ -53,9 +53,10 @@ def stub(tmp_path, monkeypatch):
     folder.mkdir()
     stub_path(folder)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(provenance.ROOT))))
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(suites, "__path__", [*suites.__path__, str(folder)])
     for backend in ("jax", "torch"):
-        monkeypatch.setitem(engines.ENGINES, backend, "stub_suite")
+        monkeypatch.setitem(engines.ENGINES, backend, "stub_engine")
     yield tmp_path / "store"
     sys.modules.pop("suites.stub", None)
     for cached in (provenance._build_key, provenance._origin):

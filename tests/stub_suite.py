@@ -32,7 +32,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import implementations.engine, suites
 suites.__path__.append({folder!r})
-implementations.engine.ENGINES["jax"] = implementations.engine.ENGINES["torch"] = "stub_suite"
+implementations.engine.ENGINES["jax"] = implementations.engine.ENGINES["torch"] = "stub_engine"
 """
 
 
@@ -154,6 +154,8 @@ def stub_path(folder: Path) -> Path:
     """A folder for PYTHONPATH that puts this suite under the name `stub` into any process."""
     tests = Path(__file__).resolve().parent
     (folder / "stub.py").write_text("from stub_suite import *\nfrom stub_suite import measure\n")
+    # outside of our root: all files beside an engine count as its own, and are read for its build
+    (folder / "stub_engine.py").write_text("from stub_suite import Engine\n")
     site = SITE.format(tests=str(tests), folder=str(folder))
     (folder / "sitecustomize.py").write_text(site)
     return folder
