@@ -115,8 +115,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = processes(frame)
     settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
                 "linear_scan", "op", "work_phase", "seq_len", "batch_size", "prompt_len",
-                "num_new_tokens", "num_steps", "data", "model", "unit", "field", "across_backends",
-                "across_families", "num_params", "num_params_non_embedding"]  # fmt: skip
+                "num_new_tokens", "num_steps", "num_devices", "data", "model", "unit", "field",
+                "across_backends", "across_families", "num_params", "num_params_non_embedding"]  # fmt: skip
     key = ["cell_id", "metric", "at"]
     least = rows.groupby(key, dropna=False, sort=False)["value"].transform("min")
     rows = rows.assign(scaled=np.log(rows["value"].where(least > 0)).fillna(rows["value"]))
@@ -291,8 +291,8 @@ def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.D
 
 
 _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
-             "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "data",
-             "variant")  # fmt: skip
+             "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
+             "data", "variant")  # fmt: skip
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
          "num_outliers", "linear_scan")  # fmt: skip

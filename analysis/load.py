@@ -19,7 +19,7 @@ import pandas as pd
 from suites.harness.record import Record, read_all
 
 INDEX = "index.parquet"
-FRAME_SCHEMA = 5  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 6  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -38,8 +38,8 @@ RECORD_COLUMNS = {
     "suite": "str", "family": "str", "size": "str", "backend": "str", "dtype": "str",
     "device_kind": "str", "seed": "int", "round": "int", "data": "str", "window_size": "int",
     "work_phase": "str", "op": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
-    "num_new_tokens": "int", "num_steps": "int", "levels": "str", "model": "str",
-    "kernels": "str", "optimizer": "str",
+    "num_new_tokens": "int", "num_steps": "int", "num_devices": "int", "levels": "str",
+    "model": "str", "kernels": "str", "optimizer": "str",
     # digests of settings: equal between the runs that may be compared
     "across_backends": "str", "across_families": "str", "across_scans": "str",
     "architecture": "str",
@@ -116,8 +116,9 @@ def _row(record: Record) -> dict[str, Any]:
     resolved = seen.get("resolved_kernels") or {}
     used = {
         name: work.get(name) or None
-        for name in ("op", "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps")
-    }
+        for name in ("op", "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps",
+                     "num_devices")
+    }  # fmt: skip
     given = {
         name: getattr(record, name)
         for name in ("run_id", "cell_id", "build", "attempt", "block", "order", "outcome",

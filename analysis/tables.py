@@ -271,7 +271,7 @@ def number(value: Any, metric: str | None = None) -> str:
 def workload(row: dict[str, Any]) -> str:
     """`seq_len 512, batch 8`: the counts that this workload uses, after the op where it is one."""
     names = {"seq_len": "seq_len", "prompt_len": "prompt_len", "num_new_tokens": "new tokens",
-             "num_steps": "steps", "batch_size": "batch"}  # fmt: skip
+             "num_steps": "steps", "batch_size": "batch", "num_devices": "devices"}  # fmt: skip
     words = [f"{label} {int(row[name]):,}" for name, label in names.items()
              if row.get(name) is not None and not pd.isna(row[name])]  # fmt: skip
     if row.get("op") is not None and not pd.isna(row["op"]):
