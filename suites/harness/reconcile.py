@@ -104,9 +104,10 @@ def open_attempts(store: Path, run_id: str) -> Iterator[Task]:
 
 
 def _adopt(made: Submission, now: float) -> None:
-    """Finds the arrays whose submitter was killed between sbatch and its bookkeeping."""
+    """Finds the arrays whose submitter was killed between sbatch and its bookkeeping, and those
+    that were taken although sbatch says that they were not: its answer was too late."""
     for array in made.arrays:
-        if made.job_id(array.number) is None and not made.refusal(array.number):
+        if made.job_id(array.number) is None:
             launcher = launch.launcher(made.cluster(array.number).executor)
             if (job_id := launcher.find(made, array.number)) is not None:
                 made.remember_job_id(array.number, job_id)
@@ -142,7 +143,7 @@ def _settle(
         if name in settled:
             continue
         if job_id is None:
-            if made.refusal(array) or (is_answered and _is_orphan(made, now)):
+            if is_answered and (made.refusal(array) or _is_orphan(made, now)):
                 settled.add(name)  # never submitted: its runs are as before
             else:
                 open_jobs.append(JobView(made, array, index, TaskState.PLANNED))
