@@ -116,6 +116,17 @@ def test_late_accounts_hide_no_end_that_was_seen():
     assert (state, memory.seen.state) == (TaskState.ENDED, "OUT_OF_MEMORY")
 
 
+def test_a_job_that_no_node_could_start_is_released_a_few_times():
+    held = seen("PENDING", reason="launch failed requeued held")
+    memory, released = Memory(), []
+    for number, one in enumerate((held, seen("RUNNING"), held, None, held, held)):
+        released.append(states.must_release(one, memory))
+        _, memory = at(one, memory, float(number))
+    assert released == [True, False, True, False, True, False]
+    assert memory.num_released == BUDGETS["node_failure"]
+    assert not states.must_release(seen("PENDING", reason="JobHeldUser"), Memory())
+
+
 def test_what_is_remembered_goes_through_a_file():
     _, memory = at(seen("NODE_FAIL", node="gpu1"), Memory(), 0.0)
     assert Memory(**json.loads(json.dumps(vars(memory)))) == memory

@@ -136,7 +136,7 @@ def _settle(
     """The jobs of a submission that have not ended; those that have are closed and remembered."""
     kept = made.memory()
     settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
-    beats, open_jobs = made.beats(), []
+    beats, open_jobs, held = made.beats(), [], []
     job_ids = {array.number: made.job_id(array.number) for array in made.arrays}
     for array, index in made.places():
         name, cluster, job_id = f"{array}_{index}", made.cluster(array), job_ids[array]
@@ -149,6 +149,8 @@ def _settle(
                 open_jobs.append(JobView(made, array, index, TaskState.PLANNED))
             continue
         one = seen.get(f"{job_id}_{index}") or seen.get(job_id)
+        if states.must_release(one, Memory(**looks.get(name, {}))):
+            held.append(f"{job_id}_{index}")
         beat = beats.get((array, index))
         has_said = beat is not None and "ended_at" in beat  # its last word: all is written
         is_here = cluster.executor == "local"  # whose processes are there, or are not
@@ -174,6 +176,8 @@ def _settle(
     if fresh != kept:
         with suppress(OSError):  # of another user: it is looked at again next time
             made.remember(fresh)
+            with suppress(Unreachable):
+                slurm.release(held)
     return open_jobs
 
 

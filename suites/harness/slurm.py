@@ -222,6 +222,12 @@ def cancel(jobs: Iterable[str]) -> None:
         raise Unreachable(_line("scancel", code, "\n".join(said)))
 
 
+def release(jobs: Iterable[str]) -> None:
+    """Lets jobs that are held begin; those that Slurm does not let go stay as they are."""
+    for job in sorted(set(jobs), key=_natural):
+        _ask(["scontrol", "release", job])
+
+
 def limits(
     partition: str | None = None, account: str | None = None, qos: str | None = None
 ) -> Limits:

@@ -17,6 +17,9 @@ from suites.harness.slurm import Job, Seen
 # How often a run is tried again after an end of each kind; ends that are not here: never.
 BUDGETS = {"preempted": 100, "node_failure": 3, "timed_out": 1}
 
+# Slurm's words for a job that it holds, because a node could not start it. It waits until somebody
+# releases it.
+NOT_LAUNCHED = "launch failed requeued held"
 EARLY_S = 60.0  # Slurm may warn of a time limit this much earlier than it was asked to (sbatch(1))
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # that Slurm sends before it kills
 
@@ -50,6 +53,7 @@ class Memory:
     absent_at: float | None = None  # the last look, if it was absent there
     ended_at: float | None = None  # when it was first found to be over
     last: dict | None = None  # what Slurm said last
+    num_released: int = 0  # after it was held, since it could not be started
 
     @property
     def seen(self) -> Seen | None:
@@ -74,7 +78,8 @@ def look(
         return before, replace(memory, absent_at=None)
     if seen is not None and seen.is_in_queue:
         state = _LIVE.get(slurm.kind(seen.state), TaskState.STOPPING)
-        return state, Memory(state=state.value, last=vars(seen))
+        number = memory.num_released + must_release(seen, memory)
+        return state, Memory(state=state.value, last=vars(seen), num_released=number)
     if before in OVER:  # and not in the queue again
         return before, _learnt(memory, seen)
     kind = slurm.kind(seen.state) if seen is not None else None
@@ -94,6 +99,13 @@ def look(
     elif before == TaskState.QUEUED and seen is None:
         state = before
     return state, replace(memory, state=state.value)
+
+
+def must_release(seen: Seen | None, memory: Memory) -> bool:
+    """Whether a job is held since a node could not start it, and not for the last time: it is
+    tried again as often as one whose node fails."""
+    is_held = seen is not None and seen.is_in_queue and NOT_LAUNCHED in seen.reason.lower()
+    return is_held and memory.num_released < BUDGETS["node_failure"]
 
 
 def _over(state: TaskState, memory: Memory, now: float) -> tuple[TaskState, Memory]:
