@@ -246,9 +246,10 @@ def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster
 
 
 def _given_up(store: Path, item: Planned) -> str | None:
-    """The outcome of a run whose retries are used up, by attempts of the present code."""
+    """The outcome of a run whose retries are used up, by attempts of the present code. One that has
+    a result is asked for again for another reason."""
     outcomes = plan.outcomes_of_build(store, item)
-    if not outcomes or states.may_retry(outcomes)[0]:
+    if set(outcomes) & set(plan.FINISHED) or not outcomes or states.may_retry(outcomes)[0]:
         return None
     return outcomes[-1]
 

@@ -6,7 +6,7 @@ Settings are plain dicts (composed at the front door); nothing here knows where 
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ from suites.harness.run import DataConfig, Run, Suite, Workload
 # Ends that are results: such a run is not run again while its build is current.
 FINISHED = ("completed", "unsupported", "out_of_memory", "out_of_memory_predicted", "diverged")
 NEW, FINISHED_REASON = "new", "finished"
+INTERRUPTED = ("preempted", "node_failure")  # ends that are no fault of the run
 CONTEXT = 4096  # of the cache that is shown for runs that decode nothing
 
 
@@ -158,13 +159,16 @@ def plan(
 ) -> list[Planned]:
     """What each run would cost, and what the store already says of it. `python` names the
     interpreter that will run it, where it is not ours."""
-    made = []
+    made, sweeps, interrupted = [], {}, set()
     for run, block, order in arrange(runs):
         records = attempts(store, run.run_id)
         found = provenance.versions(python(run))
         device = provenance.device_name(run.device_kind)
         key = provenance.build_key(run.suite, run.backend, device, found)
         reason, is_pending, counted = judge(records, run, device, found)
+        if is_pending and records and records[-1]["outcome"] in INTERRUPTED:
+            interrupted.add(records[-1]["block"])
+        sweeps[run.run_id] = counted["block"] if counted else None
         made.append(
             Planned(
                 run=run,
@@ -179,7 +183,16 @@ def plan(
                 attempts=tuple(record["attempt"] for record in records),
             )
         )
-    return made
+    interrupted.discard(None)
+    return [_with_its_block(item, sweeps[item.run.run_id] in interrupted) for item in made]
+
+
+def _with_its_block(item: Planned, is_interrupted: bool) -> Planned:
+    """Runs whose sweep ended before their block was through are measured again, with the rest of
+    it: results of two sweeps are not compared."""
+    if not is_interrupted or item.is_pending or item.is_stale:
+        return item
+    return replace(item, is_pending=True, reason="its block was interrupted")
 
 
 def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
