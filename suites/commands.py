@@ -1,17 +1,19 @@
 """What each command does. Returns exit codes: 0 as planned, 1 not, 2 the request was wrong."""
 
+import itertools
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from suites import compose, display, gate, reports
-from suites.harness import corpora, plan, provenance, slurm
+from suites.harness import corpora, pack, plan, provenance, slurm
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
@@ -297,17 +299,22 @@ def run_pending(
     for config in dict.fromkeys(item.run.data for item in pending if reads_text(item.run)):
         prepare_data(config, None)
     proven = [item.run for item in planned if item.outcome == "out_of_memory" and not item.is_stale]
+    result = Result()
     with display.SweepProgress(len(pending)) as progress:
         progress.expect(pending)
-        result = sweep(
-            store,
-            pending,
-            cluster,
-            on_start=progress.started,
-            on_end=progress.ended,
-            verify_frontier=verify_frontier,
-            proven=proven,
-        )
+        for lanes, group in itertools.groupby(pending, lambda i: pack.num_lanes(cluster, i.run)):
+            part = sweep(
+                store,
+                list(group),
+                replace(cluster, runs_in_parallel=lanes),
+                on_start=progress.started,
+                on_end=progress.ended,
+                verify_frontier=verify_frontier,
+                proven=proven,
+            )
+            result.add(part)
+            if result.is_interrupted:
+                break
     if result.elsewhere:
         print(
             f"another aerie run measures {display.count(len(result.elsewhere), 'run')} of these.",

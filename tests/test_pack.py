@@ -155,3 +155,9 @@ def test_time_is_written_as_for_slurm(time, seconds):
 def test_a_batch_divides_by_its_devices():
     with pytest.raises(ValueError, match="does not divide"):
         Workload(phase="train", batch_size=3, num_devices=2)
+
+
+def test_kinds_of_devices_share_no_job(stub):
+    runs = [item(seed=n, device_kind=kind) for n, kind in enumerate(["cpu", "h100"] * 2)]
+    _, jobs = packed(runs, runs_per_job=4, runs_in_parallel=4)
+    assert jobs == [[2, 2]]

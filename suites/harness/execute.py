@@ -56,6 +56,7 @@ class Task:
     attempt: str
     parent_pid: int
     owner: dict[str, Any] = field(default_factory=dict)  # of the claim: who started it
+    found: dict[str, Any] = field(default_factory=dict)  # what the build is made of, where it runs
     costs: dict[str, Any] = field(default_factory=dict)
     block: str | None = None
     order: int | None = None

@@ -144,7 +144,7 @@ class ThisMachine:
         setup = _setup(submission, submission.cluster(array))
         if command is None:
             command = f"{_command(submission, array)} 0-{submission.arrays[array].num_jobs - 1}"
-        return "\n".join(["#!/bin/bash", *setup, command, ""])
+        return "\n".join(["#!/bin/bash", *setup, f"exec {command}", ""])  # whose process is the job
 
     def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
         logs = submission.logs(array)

@@ -76,12 +76,12 @@ def pack(
 ) -> Packed:
     """Jobs of `runs_per_job` units, or more where `room`, the jobs that the queue still takes,
     demands it; never more than a job has time for, as far as the estimate knows. What is beyond
-    the room is left. What runs on other numbers of devices, or times and does not time, does not
-    share a job."""
+    the room is left. What runs on other devices or numbers of them, or times and does not time,
+    does not share a job."""
     by_kind: dict[tuple, list[list[Planned]]] = {}
     for unit in units(list(runs)):
         run = unit[0].run
-        kind = (load_suite(run.suite).is_timing, run.workload.num_devices)
+        kind = (load_suite(run.suite).is_timing, run.device_kind, run.workload.num_devices)
         by_kind.setdefault(kind, []).append(unit)
     num_units = sum(map(len, by_kind.values()))
     per_job = cluster.runs_per_job
@@ -104,7 +104,7 @@ def num_lanes(cluster: Cluster, run: Run) -> int:
         return 1
     if run.device_kind == CPU:
         return cluster.runs_in_parallel
-    return min(cluster.runs_in_parallel, cluster.num_devices // num_devices(run))
+    return max(min(cluster.runs_in_parallel, cluster.num_devices // num_devices(run)), 1)
 
 
 def num_devices(run: Run) -> int:

@@ -1,18 +1,17 @@
 """Runs what a plan says is pending: claims, starts, watches, and leaves a record for every end."""
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from implementations.engine import Unsupported
-from suites.harness import claims, plan
+from suites.harness import claims, plan, provenance
 from suites.harness.cluster import Cluster
 from suites.harness.execute import (
     Task,
@@ -45,6 +44,12 @@ class Result:
     elsewhere: list[str] = field(default_factory=list)  # runs that another process measures
     is_interrupted: bool = False
 
+    def add(self, later: "Result") -> None:
+        self.outcomes |= later.outcomes
+        self.num_started += later.num_started
+        self.elsewhere += later.elsewhere
+        self.is_interrupted |= later.is_interrupted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
@@ -67,6 +72,7 @@ class _Running:
     slot: int
     started_at: str
     start: float
+    unit_start: float
     suspect: tuple[Ended, float] | None = None  # ended by a signal that may be for all of us
 
 
@@ -77,13 +83,17 @@ class _Slot:
 
     unit: deque[Planned] = field(default_factory=deque)
     claim: str | None = None
+    start: float = 0.0
 
     def take(self, store: Path, unit: list[Planned]) -> list[str]:
-        """Run ids of a unit that another process has; none where it is ours now."""
+        """Run ids of a unit that another process has; none where it is ours now. What others have
+        measured of a block since it was planned counts where it is all of it."""
         claim = block_claim(unit)
         if claim is not None and not claims.claim(store, claim):
             return [item.run.run_id for item in unit]
-        self.unit, self.claim = deque(unit), claim
+        self.unit, self.claim, self.start = deque(unit), claim, time.perf_counter()
+        if not all(_outcome_meanwhile(store, item) for item in unit):
+            self.unit = deque(_anew(store, item) for item in unit) if claim else self.unit
         return []
 
     def leave(self, store: Path) -> None:
@@ -93,11 +103,14 @@ class _Slot:
 
 
 def block_claim(unit: list[Planned]) -> str | None:
-    """The name of the claim to a block of these runs; None for what is no block."""
-    if unit[0].block is None or len(unit) == 1:
-        return None
-    text = " ".join(sorted(item.run.run_id for item in unit))
-    return f"{BLOCK}{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    """The name of the claim to a block, or to any part of it; None for what is no block."""
+    return f"{BLOCK}{unit[0].block}" if unit[0].block else None
+
+
+def _anew(store: Path, item: Planned) -> Planned:
+    """To be measured whatever others have measured of it until now."""
+    known = (record["attempt"] for record in plan.attempts(store, item.run.run_id))
+    return replace(item, attempts=tuple(known))
 
 
 def units(todo: list[Planned]) -> list[list[Planned]]:
@@ -126,7 +139,7 @@ def sweep(
     executor = executor or Local(
         store, cluster.runs_in_parallel, dict(cluster.python), cluster.checkpoint_s
     )
-    proven = list(proven or ())
+    proven = [] if proven is None else proven
     session = os.urandom(3).hex()  # rounds are paired within one sweep
     waiting, running, result = deque(units(todo)), {}, Result()
     slots = [_Slot() for _ in range(cluster.runs_in_parallel)]
@@ -155,7 +168,7 @@ def sweep(
             claims.release(store, planned.run.run_id)
             result.outcomes[planned.run.run_id] = outcome
             return
-        task = _task(planned, session)
+        task = _task(planned, session, cluster.interpreter(planned.run.backend))
         smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
         if smaller and not verify_frontier:
             record = _predicted(task, smaller)
@@ -164,7 +177,7 @@ def sweep(
             _finish(planned, record)
             return
         on_start(planned)
-        job = _job(store, planned, task, slot)
+        job = _job(store, planned, task, slot, slots[slot].start)
         try:
             running[executor.submit(job.path, slot)] = job
         except (OSError, Unsupported) as error:  # an interpreter or devices that are not there
@@ -205,7 +218,7 @@ def sweep(
                 executor.cancel(handle)
                 record = _read(store, job.task)
                 if record is None:
-                    outcome = stop.outcome_after(time.perf_counter() - job.start)
+                    outcome = stop.outcome_after(_given(job))
                     record = _killed(store, job, outcome, stop.reason)
                     write(store, record)
                 end(handle, record)
@@ -249,7 +262,7 @@ def _look(
         if record is None:
             outcome, reason = verdict(ended, executor.logs(handle))
             if is_signalled and stop is not None:
-                outcome, reason = stop.outcome_after(seconds), stop.reason
+                outcome, reason = stop.outcome_after(_given(job)), stop.reason
             if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
                 outcome = "failed"  # of this machine's memory, not of the device's
             record = _killed(store, job, outcome, reason)
@@ -264,23 +277,32 @@ def _look(
     return None
 
 
-def _task(planned: Planned, session: str) -> Task:
+def _given(job: _Running) -> float:
+    """Seconds that a run has had, or the block it is part of, which fits in a job or does not."""
+    return time.perf_counter() - (job.unit_start if job.planned.block else job.start)
+
+
+def _task(planned: Planned, session: str, python: str | None) -> Task:
     return Task(
         run=planned.run,
         build=planned.build,
         attempt=new_attempt(),
         parent_pid=os.getpid(),
         owner=claims.ourselves(),
+        found={
+            "build_device": provenance.device_name(planned.run.device_kind),
+            "versions": provenance.versions(python),
+        },
         costs=planned.costs,
         block=f"{planned.block}-{session}" if planned.block else None,
         order=planned.order,
     )
 
 
-def _job(store: Path, planned: Planned, task: Task, slot: int) -> _Running:
+def _job(store: Path, planned: Planned, task: Task, slot: int, unit_start: float) -> _Running:
     path = record_path(store, task.run.run_id, f".task-{task.attempt}")
     write_atomically(path, json.dumps(task.to_json()))
-    return _Running(planned, task, path, slot, utc_now(), time.perf_counter())
+    return _Running(planned, task, path, slot, utc_now(), time.perf_counter(), unit_start)
 
 
 def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
@@ -309,7 +331,7 @@ def _killed(store: Path, job: _Running, outcome: str, reason: str) -> Record:
         outcome,
         reason=reason,
         phase=last_phase(store, job.task),
-        provenance=seen(job.task.run),
+        provenance=seen(job.task.run) | job.task.found,
         started_at=job.started_at,
         seconds=seconds,
         times=times_of_killed(store, job.task, seconds),
@@ -321,7 +343,7 @@ def _predicted(task: Task, smaller: Run) -> Record:
         "out_of_memory_predicted",
         reason=f"run {smaller.run_id} ran out of memory with less work; --verify-frontier tries",
         phase="start",
-        provenance=seen(task.run),
+        provenance=seen(task.run) | task.found,
         started_at=utc_now(),
         seconds=0.0,
     )

@@ -6,10 +6,12 @@ checkpoint, writes the records of the others, and asks Slurm to start it again.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Collection
 from dataclasses import replace
@@ -25,6 +27,7 @@ from suites.harness.submission import Submission
 from suites.harness.sweep import Result, Stop, sweep, units
 
 BEAT_S = 15.0  # between two signs of life
+OTHERS_S = 30.0  # between two looks at runs that another job measures
 RECORDS_S = 10.0  # of a warning that are kept for writing records
 FAIR = 0.8  # of a job's time: a run that had it all and did not end has timed out
 KILL_S = 20.0  # that a job has after SIGTERM, at least: Slurm's KillWait is 30 s
@@ -61,6 +64,16 @@ class Job:
         is_cancelled = self._stop is not None and self._stop.outcome == "cancelled"
         return self.cluster.executor == "slurm" and not is_cancelled
 
+    def let_others(self, num_started: int) -> bool:
+        """Waits a while for others that measure what is left of this job's runs, and gives back
+        what dead ones have claimed. False where the job should rather be started again later: it is
+        told to stop, or holds a node for nothing."""
+        end = time.monotonic() + OTHERS_S
+        while time.monotonic() < end and self.watch() is None:
+            time.sleep(0.5)
+        reconcile.reconcile(self.made.store)
+        return self.watch() is None and (num_started > 0 or self.cluster.executor == "local")
+
     def beat(self, **more: object) -> None:
         values = {
             "job": provenance.job_id(),
@@ -82,6 +95,8 @@ class Job:
             self.signal = number
 
     def _why(self) -> Stop:
+        if self.cluster.executor == "local":  # has no time limit, and makes room for nobody
+            return Stop(outcome="cancelled", reason="its job was cancelled", grace_s=0.0)
         elapsed = time.monotonic() - self.start
         outcome, reason = states.stop_reason(
             elapsed_s=elapsed,
@@ -105,11 +120,15 @@ def work(job: Job) -> Result:
     job.beat()
     given = job.made.runs(job.array, job.index)
     reconcile.close_our_own(store, [item.run.run_id for item in given])
-    todo = pending(store, given, cluster)
     result = Result()
-    if todo:
+    while todo := pending(store, given, cluster):
         lanes = replace(cluster, runs_in_parallel=pack.num_lanes(cluster, todo[0].run))
         result = sweep(store, todo, lanes, watch=job.watch)
+        if result.is_interrupted or not result.elsewhere:
+            break
+        result.is_interrupted = not job.let_others(result.num_started)
+        if result.is_interrupted:
+            break
     if not result.is_interrupted:
         job.beat(ended_at=utc_now())
     elif job.may_go_on and pending(store, given, cluster):
@@ -125,7 +144,7 @@ def pending(store: Path, given: list[Planned], cluster: Cluster) -> list[Planned
     todo = []
     for unit in units(given):
         records = {item.run.run_id: _since(store, item) for item in unit}
-        if not _is_measured(records.values()):
+        if not _is_measured(records.values()) and _may_go_on(records.values()):
             members = [item for item in unit if not _is_given_up(records[item.run.run_id])]
             todo += [_here(store, item, cluster) for item in members]
     return todo
@@ -147,6 +166,16 @@ def _is_measured(unit: Collection[list[dict[str, Any]]]) -> bool:
         )
         for sweep in sweeps
     )
+
+
+def _may_go_on(unit: Collection[list[dict[str, Any]]]) -> bool:
+    """Whether a block is measured again, by how its sweeps were interrupted: one that is longer
+    than its job's time would begin for ever."""
+    ends: dict[str, str] = {}  # sweep -> how it was stopped, oldest first
+    for record in sorted((r for records in unit for r in records), key=lambda r: r["attempt"]):
+        if record["block"] is not None and record["outcome"] in states.BUDGETS:
+            ends[record["block"]] = record["outcome"]
+    return states.may_retry(list(ends.values()))[0]
 
 
 def _is_given_up(records: list[dict[str, Any]]) -> bool:
@@ -173,13 +202,23 @@ def _here(store: Path, item: Planned, cluster: Cluster) -> Planned:
 def main(folder: Path, array: int, indices: range) -> None:
     made = submission.load(folder)
     is_interrupted = False
+    if made.cluster(array).executor == "local" and made.cluster(array).max_parallel == 1:
+        _queue_up()
     for index in indices:
         job = Job(made, array, index)
         job.listen()
-        is_interrupted = work(job).is_interrupted
+        is_interrupted = work(job).is_interrupted or job.signal is not None
         if is_interrupted:
             break
     sys.exit(128 + signal.SIGTERM if is_interrupted else 0)  # as told: no failure of ours
+
+
+def _queue_up() -> None:
+    """Waits until no other array runs on this machine. The file is on its own disk, and free again
+    when this process ends."""
+    path = Path(tempfile.gettempdir()) / f"aerie-jobs-{os.getuid()}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _indices(words: list[str]) -> range:
