@@ -212,7 +212,7 @@ def draft(
     return Submission(
         folder=store.resolve() / "submissions" / name,
         created_at=_now(),
-        user=getpass.getuser(),
+        user=_user(),
         title=title,
         command=command,
         snapshot=str(snapshot),
@@ -267,6 +267,13 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container that does not know its users
+        return str(os.getuid())
 
 
 def _now() -> str:
