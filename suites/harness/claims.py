@@ -22,7 +22,11 @@ def claim(store: Path, run_id: str) -> bool:
     place = folder / run_id
     ready = folder / f".new-{uuid.uuid4().hex}"
     ready.mkdir()
-    (ready / "owner.json").write_text(json.dumps(ourselves()), encoding="utf-8")
+    try:
+        (ready / "owner.json").write_text(json.dumps(ourselves()), encoding="utf-8")
+    except OSError:
+        shutil.rmtree(ready, ignore_errors=True)
+        raise
     for _ in range(2):
         try:
             ready.rename(place)  # fails where the place is a folder with an owner in it

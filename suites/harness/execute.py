@@ -30,7 +30,7 @@ from implementations.engine import (
 )
 from implementations.rank import Rank
 from suites.harness import checkpoint, data, measure, provenance, ranks, stop
-from suites.harness.record import PHASES, Record, Sample, record_path, write
+from suites.harness.record import PHASES, Record, Sample, record_path, with_room, write
 from suites.harness.run import Run
 
 if TYPE_CHECKING:  # the parent's side: a child that imported it would start later
@@ -125,7 +125,7 @@ def execute(
         )
 
     def leave(record: Record) -> None:
-        write(store, record)
+        with_room(lambda: write(store, record))
         if record.outcome not in GOES_ON:
             keeper.remove()
 

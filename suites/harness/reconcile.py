@@ -168,7 +168,11 @@ def _settle(
         if state not in states.OVER or not is_seen:
             open_jobs.append(JobView(made, array, index, state, memory.seen, beat))
             continue
-        _close(made, array, index, memory.seen, beat)
+        try:
+            _close(made, array, index, memory.seen, beat)
+        except OSError:  # a full disk, or another user's folder: later, or by somebody else
+            open_jobs.append(JobView(made, array, index, state, memory.seen, beat))
+            continue
         settled.add(name)
         looks.pop(name)
     is_settled = not open_jobs

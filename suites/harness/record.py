@@ -4,15 +4,24 @@ A record is published under a temporary name in its own folder, synced, renamed,
 synced: a reader sees the whole file or none. Values that do not exist are null, never 0.
 """
 
+import errno
 import json
 import os
+import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SCHEMA = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or somebody's quota
+PATIENCE_S = 600.0  # that a sweep waits for room: what was measured is worth more
+PAUSE_S = 2.0
 
 OUTCOMES = (
     "completed",
@@ -145,10 +154,14 @@ def write_atomically(path: Path, text: str, *, may_replace: bool = True) -> None
     be replaced raises FileExistsError where it is there already, whoever wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     if not may_replace:
         try:
             os.link(temporary, path)
@@ -157,6 +170,22 @@ def write_atomically(path: Path, text: str, *, may_replace: bool = True) -> None
     else:
         temporary.replace(path)
     sync_folder(path.parent)
+
+
+def with_room(write: Callable[[], T]) -> T:
+    """Writes, as soon as there is room on the disk: then nothing that was measured is lost."""
+    deadline, is_said = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in FULL or time.monotonic() > deadline:
+                raise
+            if not is_said:
+                with suppress(OSError):  # a log on the same disk
+                    print(f"aerie: {error}; waiting for room", file=sys.stderr, flush=True)
+                is_said = True
+        time.sleep(PAUSE_S)
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ from suites.harness.execute import (
 )
 from suites.harness.executors import Ended, Executor, Local
 from suites.harness.plan import Planned
-from suites.harness.record import Record, record_path, write, write_atomically
+from suites.harness.record import Record, record_path, with_room, write, write_atomically
 from suites.harness.run import Run
 
 POLL_S = 0.25  # between looks at a child's memory; its end is noticed at once
@@ -89,7 +89,7 @@ class _Slot:
         """Run ids of a unit that another process has; none where it is ours now. What others have
         measured of a block since it was planned counts where it is all of it."""
         claim = block_claim(unit)
-        if claim is not None and not claims.claim(store, claim):
+        if claim is not None and not _claim(store, claim):
             return [item.run.run_id for item in unit]
         self.unit, self.claim, self.start = deque(unit), claim, time.perf_counter()
         if not all(_outcome_meanwhile(store, item) for item in unit):
@@ -161,7 +161,7 @@ def sweep(
         on_end(planned, record)
 
     def start(planned: Planned, slot: int) -> None:
-        if not claims.claim(store, planned.run.run_id):
+        if not _claim(store, planned.run.run_id):
             result.elsewhere.append(planned.run.run_id)
             return
         if outcome := _outcome_meanwhile(store, planned):
@@ -172,7 +172,7 @@ def sweep(
         smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
         if smaller and not verify_frontier:
             record = _predicted(task, smaller)
-            write(store, record)
+            _write(store, record)
             claims.release(store, record.run_id)
             _finish(planned, record)
             return
@@ -185,7 +185,7 @@ def sweep(
             outcome = "unsupported" if is_unsupported else "failed"
             reason = str(error) if is_unsupported else f"cannot be started: {error}"
             record = _killed(store, job, outcome, reason)
-            write(store, record)
+            _write(store, record)
             running[""] = job
             end("", record)
             return
@@ -220,7 +220,7 @@ def sweep(
                 if record is None:
                     outcome = stop.outcome_after(_given(job))
                     record = _killed(store, job, outcome, stop.reason)
-                    write(store, record)
+                    _write(store, record)
                 end(handle, record)
         for slot in slots:
             slot.leave(store)
@@ -266,13 +266,13 @@ def _look(
             if outcome == "out_of_memory" and job.task.run.workload.topology is not None:
                 outcome = "failed"  # of this machine's memory, not of the device's
             record = _killed(store, job, outcome, reason)
-            write(store, record)
+            _write(store, record)
         return record
     if seconds > cluster.run_limit_s:
         executor.cancel(handle)
         reason = f"longer than cluster.run_limit_s={cluster.run_limit_s:g}"
         record = _read(store, job.task) or _killed(store, job, "timed_out", reason)
-        write(store, record)
+        _write(store, record)
         return record
     return None
 
@@ -301,8 +301,17 @@ def _task(planned: Planned, session: str, python: str | None) -> Task:
 
 def _job(store: Path, planned: Planned, task: Task, slot: int, unit_start: float) -> _Running:
     path = record_path(store, task.run.run_id, f".task-{task.attempt}")
-    write_atomically(path, json.dumps(task.to_json()))
+    text = json.dumps(task.to_json())
+    with_room(lambda: write_atomically(path, text))
     return _Running(planned, task, path, slot, utc_now(), time.perf_counter(), unit_start)
+
+
+def _claim(store: Path, name: str) -> bool:
+    return with_room(lambda: claims.claim(store, name))
+
+
+def _write(store: Path, record: Record) -> None:
+    with_room(lambda: write(store, record))
 
 
 def _outcome_meanwhile(store: Path, planned: Planned) -> str | None:
