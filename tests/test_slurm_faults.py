@@ -1,7 +1,10 @@
 """Faults of clusters on a real Slurm, through what a user does: nothing lost, nothing doubled."""
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +18,12 @@ from unittest import mock
 import pytest
 from fault_suite import quality, timing, write_suites
 from slurm_cluster import Node, Partition, SlurmCluster, require_slurm
-from slurm_shims import Answer, SlurmShims
+from slurm_shims import NO_ACCOUNTING, Answer, SlurmShims
 
-from suites.harness import submission
+from suites.harness import reconcile, submission
+from suites.harness.execute import Task, utc_now
 from suites.harness.plan import FINISHED
-from suites.harness.record import Record, read_all
+from suites.harness.record import Record, read_all, write
 from suites.harness.run import Run
 
 USER = Path(__file__).with_name("slurm_user.py")
@@ -571,3 +575,142 @@ def test_points_of_one_experiment_go_where_their_devices_are(slurm, stub):
 def said_by(user: User, run: Run) -> str:
     (log,) = (user.store / "runs" / run.run_id).glob("*.log")
     return log.read_text()
+
+
+# The results folder -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_record_that_is_seen_late_is_never_replaced(slurm, stub):
+    """As on NFS: a job has ended, and what it wrote last is not there yet."""
+    user, run = User(slurm, stub), quality("kill_worker")
+    user.submit([run], {"view_s": 8.0})
+    (job,) = user.jobs
+    slurm.wait_for_state(f"{job}_0", "FAILED", seconds=WAIT_S)
+    user.status()
+    ended = time.monotonic()
+    (path,) = (stub / "runs" / run.run_id).glob(".task-*.json")
+    task = Task.from_json(json.loads(path.read_text()))
+    while time.monotonic() < ended + 5:
+        assert user.status()["submissions"], "it waits for what may still come"
+        assert user.outcomes(run) == []
+    late = task.record("completed", provenance={}, started_at=utc_now(), seconds=1.0)
+    write(stub, late)
+    assert user.wait() == {"completed": 1}
+    reconcile._write(stub, task, "node_failure", "of somebody who did not see it")
+    assert user.outcomes(run) == ["completed"]
+    path.unlink(missing_ok=True)
+    nothing_is_left(user)
+
+
+@pytest.mark.slow
+def test_a_job_thought_lost_still_hands_in_its_results(slurm, stub, tmp_path):
+    user, runs = User(slurm, stub), [quality("sleep 4"), quality("sleep 0.1")]
+    user.submit(runs, {"runs_per_job": 2})
+    user.wait_until_begun(runs[0])
+    (beat,) = stub.glob("submissions/*/beats/[!.]*.json")
+    worker = json.loads(beat.read_text())["pid"]
+    children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    frozen = [worker, *map(int, children)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        shims = SlurmShims(tmp_path / "shims", slurm.environment["PATH"])
+        said = "slurm_load_jobs error: Invalid job id specified\n"
+        shims.answers("squeue", Answer(stdout="", stderr=said, returncode=1))
+        shims.answers("sacct", NO_ACCOUNTING)
+        with mock.patch.dict(os.environ, {"PATH": shims.path}):
+            assert user.wait() == {"node_failure": 1, "left": 1}
+        (record,) = user.records(runs[0])
+        assert record.outcome == "node_failure"
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    slurm.wait_for(lambda: all(map(user.outcomes, runs)), WAIT_S, "the results come")
+    slurm.wait_for(lambda: not slurm.run("squeue", "-h"), WAIT_S)
+    assert [user.outcomes(run) for run in runs] == [["completed"]] * 2
+    assert user.submit(runs)["num_runs"] == 0
+    check(user, runs)
+
+
+@pytest.fixture
+def small_disk(stub):
+    stub.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(stub)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield stub
+    subprocess.run(["umount", "--lazy", str(stub)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_no_result(slurm, small_disk):
+    user = User(slurm, small_disk)
+    runs = [quality("sleep 2"), quality("train 3"), quality("sleep 0.1"), *block("sleep 1")]
+    user.submit(runs, {"runs_per_job": 3})
+    user.wait_until_begun(runs[0], runs[3])
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    time.sleep(6)
+    assert not any(user.outcomes(run) for run in runs)
+    assert user.aerie("status").returncode == 0
+    ballast.unlink()
+    assert user.wait() == {"completed": 5}
+    check(user, runs)
+    assert [user.outcomes(run) for run in runs] == [["completed"]] * 5
+
+
+def as_user(uid: int) -> tuple[str, ...]:
+    """Before a command: as another user of one group, who can read all, for Python may lie in a
+    home, and write only what is theirs or the group's."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("not root, or no setpriv: nobody else to be")
+    reads_all = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+    who = [f"--reuid={uid}", f"--regid={GROUP}", "--clear-groups"]
+    return ("setpriv", *who, *reads_all, "sh", "-c", 'umask 002; exec "$@"', "sh")
+
+
+GROUP = 65534
+
+
+@pytest.fixture
+def open_folder(stub):
+    """The place of a store, below folders that everybody may enter."""
+    for folder in (stub.parent, *stub.parents[1:3]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    stub.mkdir(mode=0o755)
+    return stub
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_one_line_and_2(slurm, open_folder):
+    user = User(slurm, open_folder, as_user(65534))
+    request = {"runs": [asdict(quality("sleep 1"))], "clusters": [cluster()]}
+    done = user.call([sys.executable, str(USER), str(open_folder), "submit"], request)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"aerie: --results {open_folder} cannot be written.\n"
+    assert not list(open_folder.iterdir())
+    assert not slurm.run("squeue", "-h")
+
+
+@pytest.mark.slow
+def test_users_share_a_results_folder(slurm, open_folder):
+    """Of one group, with a setgid folder. Their jobs run here: a node may not let them in."""
+    os.chown(open_folder, 0, GROUP)
+    open_folder.chmod(0o2775)
+    users = [User(slurm, open_folder, as_user(uid)) for uid in (65534, 65533)]
+    common = [*block("sleep 1"), quality("train 2")]
+    sets = [[*common, quality("sleep 0.1", seed=seed)] for seed in range(2)]
+    here = {"executor": "local", "partition": None, "mem": None}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda user, runs: user.submit(runs, here), users, sets))
+    runs = list({run.run_id: run for run in (*sets[0], *sets[1])}.values())
+    for user in users:
+        user.wait()
+    assert [users[0].outcomes(run) for run in runs] == [["completed"]] * len(runs)
+    check(users[0], runs)
+    owners = {path.stat().st_uid for path in open_folder.glob("runs/*/[!.]*.json")}
+    assert owners == {65534, 65533}
