@@ -176,7 +176,7 @@ def nothing_is_left(user: User) -> None:
 
 def test_a_job_told_to_restart_measures_a_block_anew_and_goes_on_with_training(slurm, stub):
     """`scontrol requeue` by hand, once each; what had ended is not measured again."""
-    user, runs, train = User(slurm, stub), block("sleep 2"), quality("train 8")
+    user, runs, train = User(slurm, stub), block("sleep 2"), quality("train 12")
     done = quality("sleep 0.1")
     user.submit([*runs, done, train], {"runs_per_job": 2})
     user.wait_until_begun(train, runs[1])
@@ -226,8 +226,7 @@ def test_a_job_that_somebody_cancels_ends_for_good_and_no_other_with_it(slurm, s
 def test_a_node_that_fails_costs_an_attempt(slurm, stub):
     """Where Slurm starts the job again all is well by itself; else the next submit does it."""
     again, ended = User(slurm, stub / "requeued"), User(slurm, stub / "not")
-    lost = {again: [*block("sleep 2"), quality("train 12")]}
-    lost[ended] = [*block("sleep 3"), quality("train 13")]
+    lost = {user: [*block("sleep 5"), quality("train 20")] for user in (again, ended)}
     for user, runs in lost.items():
         where = {"is_requeued": user is again, "sbatch": {"nodelist": "cpu2"}}
         user.submit(runs, where)
@@ -255,18 +254,17 @@ WHOLE_NODE = {"partition": "gpu", "device_kinds": ["cpu"], "gres": "gpu:h100:4"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accounting", [True, False], ids=["sacct", "no sacct"])
-def test_a_preempted_job_goes_on_by_itself(own, stub, accounting):
-    """With and without grace, and where the site sends the signal we asked for or TERM alone."""
-    sites = [(grace, signal) for grace in (15, 0) for signal in (True, False)]
-    if accounting:
-        require_slurm()
+def test_a_preempted_job_goes_on_by_itself(own, stub):
+    """With and without grace; where the site sends the signal we asked for, or TERM alone; with
+    accounts and without."""
+    require_slurm()
+    sites = [(15, True, True), (15, False, False), (0, True, False), (0, False, True)]
 
-    def preempted(site: tuple[int, bool]) -> None:
-        grace, sends = site
-        slurm = own(grace_time=grace, preempt_send_user_signal=sends, accounting=accounting)
-        user = User(slurm, stub / f"{grace}-{sends}")
-        runs, train = block("sleep 2"), quality("train 10")
+    def preempted(site: tuple[int, bool, bool]) -> None:
+        grace_s, sends, accounting = site
+        slurm = own(grace_time=grace_s, preempt_send_user_signal=sends, accounting=accounting)
+        user = User(slurm, stub / f"{grace_s}-{sends}")
+        runs, train = block("sleep 4"), quality("train 15")
         user.submit([*runs, train], WHOLE_NODE | {"gres": "gpu:h100:2"})
         user.wait_until_begun(runs[1], train)
         time.sleep(1.5)
@@ -276,11 +274,11 @@ def test_a_preempted_job_goes_on_by_itself(own, stub, accounting):
         check(user, [*runs, train])
         assert user.outcomes(train) == ["preempted", "completed"], site
         assert steps_of(user, train)[1] > 0, site
-        assert user.outcomes(runs[1])[-1] == "completed"
-        assert set(user.outcomes(runs[1])) <= {"preempted", "completed"}
+        # What was measured when the warning came ended as preempted, or within the grace.
+        assert user.outcomes(runs[1]) in (["preempted", "completed"], ["completed"]), site
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(preempted, sites if accounting is False else sites[:1]))
+    with ThreadPoolExecutor(len(sites)) as pool:
+        list(pool.map(preempted, sites))
 
 
 @pytest.mark.slow
@@ -414,71 +412,79 @@ def test_a_job_that_cannot_begin_leaves_one_failure_for_each_of_its_runs(slurm, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accounting", [True, False], ids=["sacct", "no sacct"])
-def test_while_the_controller_is_down_nothing_is_concluded(own, stub, accounting):
+def test_while_the_controller_is_down_nothing_is_concluded(own, stub):
     """It is killed and restarted in the middle; jobs run on, and some end meanwhile."""
-    if accounting:
-        require_slurm()
-    slurm = own(accounting=accounting)
-    user = User(slurm, stub)
-    runs, train = block("sleep 4"), quality("train 20")
-    user.submit([*runs, train])
-    user.wait_until_begun(runs[0], train)
-    slurm.wait_for_saved_state()
-    slurm.kill_daemon("slurmctld")
+    require_slurm()
 
-    before = user.status()
-    assert "Unable to contact slurm controller" in before["silent"]
-    assert sum(before["submissions"][0]["runs"].values()) == 3, "as it was seen last"
-    refused = user.call(
-        [sys.executable, str(USER), str(user.store), "submit"],
-        {"runs": [asdict(timing("sleep 1"))], "clusters": [cluster()]},
-    )
-    assert refused.returncode == 2
-    assert len(refused.stderr.splitlines()) == 1
-    assert "Unable to contact slurm controller" in refused.stderr
-    cancelled = user.aerie("cancel", "--all")
-    assert (cancelled.returncode, len(cancelled.stderr.splitlines())) == (2, 1), cancelled.stderr
-    slurm.wait_for(lambda: user.outcomes(runs[1]), WAIT_S, "a block ends meanwhile")
-    time.sleep(cluster()["lost_after_s"] + cluster()["view_s"] + 1)
-    assert user.status()["silent"]
-    assert user.outcomes(train) == []
+    def survives(accounting: bool) -> None:
+        slurm = own(accounting=accounting)
+        user = User(slurm, stub / str(accounting))
+        runs, train = block("sleep 4"), quality("train 70")
+        user.submit([*runs, train])
+        user.wait_until_begun(runs[0], train)
+        slurm.wait_for_saved_state()
+        slurm.kill_daemon("slurmctld")
 
-    slurm.start_daemon("slurmctld")
-    assert user.wait() == {"completed": 3}
-    check(user, [*runs, train])
-    assert [user.outcomes(run) for run in (*runs, train)] == [["completed"]] * 3
-    assert len(submission.read(user.store)) == 1
+        request = {"runs": [asdict(timing("sleep 1"))], "clusters": [cluster()]}
+        with ThreadPoolExecutor(2) as pool:
+            submit = [sys.executable, str(USER), str(user.store), "submit"]
+            asked = [
+                pool.submit(user.call, submit, request),
+                pool.submit(user.aerie, "cancel", "--all"),
+            ]
+            before = user.status()
+        assert "Unable to contact slurm controller" in before["silent"]
+        assert sum(before["submissions"][0]["runs"].values()) == 3, "as it was seen last"
+        for one in asked:
+            assert (one.result().returncode, one.result().stdout) == (2, "")
+            assert len(one.result().stderr.splitlines()) == 1
+            assert "Unable to contact slurm controller" in one.result().stderr
+        slurm.wait_for(lambda: user.outcomes(runs[1]), WAIT_S, "a block ends meanwhile")
+        assert user.status()["silent"], "much later than lost_after_s and view_s"
+        assert user.outcomes(train) == []
+
+        slurm.start_daemon("slurmctld")
+        assert user.wait() == {"completed": 3}
+        check(user, [*runs, train])
+        assert [user.outcomes(run) for run in (*runs, train)] == [["completed"]] * 3
+        assert len(submission.read(user.store)) == 1
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(survives, (True, False)))
 
 
 @pytest.mark.slow
 def test_without_accounts_ends_are_known_from_the_queue_alone(slurm_without_accounting, stub):
-    """Node failure, cancel, a job that fails, one that ends well, and one long forgotten."""
+    """Of a node that fails, a job that is cancelled, one that fails, and one that ends well."""
     slurm = slurm_without_accounting
-    names = ("node", "cancelled", "failed", "forgotten")
-    node, cancelled, failed, forgotten = (User(slurm, stub / name) for name in names)
-    train, held, short = quality("train 8"), quality("sleep 61"), quality("sleep 0.1")
-    node.submit([train], {"sbatch": {"nodelist": "cpu2"}})
-    cancelled.submit([held, quality("sleep 62")], {"max_parallel": 1})
-    failed.submit([short], {"setup": ["exit 3"]})
-    forgotten.submit([short, quality("kill_worker")])
-    node.wait_until_begun(train)
-    cancelled.wait_until_begun(held)
+    train, held, short = quality("train 25"), quality("sleep 61"), quality("sleep 0.1")
+    asked = {
+        "node": ([train], {"sbatch": {"nodelist": "cpu2"}}),
+        "cancelled": ([held, quality("sleep 62")], {"max_parallel": 1}),
+        "failed": ([short], {"setup": ["exit 3"]}),
+        "killed": ([short, quality("kill_worker")], {"runs_per_job": 2}),
+    }
+    users = {name: User(slurm, stub / name) for name in asked}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: users[name].submit(*asked[name]), asked))
+    users["node"].wait_until_begun(train)
+    users["cancelled"].wait_until_begun(held)
     time.sleep(1.5)
     slurm.fail_node("cpu2")
     slurm.resume_node("cpu2")
-    slurm.run("scancel", *cancelled.jobs)
-    slurm.wait_for(lambda: not slurm.run("squeue", "-h", "-j", *forgotten.jobs), WAIT_S)
+    slurm.run("scancel", *users["cancelled"].jobs)
+    with ThreadPoolExecutor(2) as pool:
+        ends = dict(zip(users, pool.map(User.wait, users.values()), strict=True))
 
-    assert node.wait() == {"completed": 1}
-    # Slurm has forgotten how the start before this one ended: it was started again.
-    assert node.outcomes(train) in (["preempted", "completed"], ["node_failure", "completed"])
-    check(node, [train])
-    assert cancelled.wait() == {"cancelled": 2}
-    nothing_is_left(cancelled)
-    assert failed.wait() == {"failed": 1}
-    assert forgotten.wait() == {"completed": 1, "failed": 1}
-    nothing_is_left(forgotten)
+    assert ends["node"] == {"completed": 1}
+    check(users["node"], [train])
+    # The queue has forgotten why its start before this one ended: it was started again.
+    assert users["node"].outcomes(train) == ["preempted", "completed"]
+    assert ends["cancelled"] == {"cancelled": 2}
+    assert ends["failed"] == {"failed": 1}
+    assert ends["killed"] == {"completed": 1, "failed": 1}
+    for user in users.values():
+        nothing_is_left(user)
 
 
 # Submitters -------------------------------------------------------------------------------------
