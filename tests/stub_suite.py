@@ -79,6 +79,8 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     match run.data.name:
         case "sleep":
             time.sleep(0.2)
+        case "second":
+            time.sleep(1.0)
         case "repeat":
             for repeat in range(600):
                 with stopwatch(engine.synchronize):
