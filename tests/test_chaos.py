@@ -1,6 +1,9 @@
 """A Slurm that falls apart loses and doubles nothing, nor does a node that starts no job."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from slurm_cluster import Node, Partition, SlurmCluster, require_slurm
@@ -11,6 +14,7 @@ from suites.harness import plan, reconcile
 from suites.harness.cluster import Cluster
 from suites.harness.record import read_all
 
+ROOT = Path(__file__).resolve().parent.parent
 PROLOG = """#!/bin/bash
 [ "$SLURMD_NODENAME" != n1 ] # as a check of health that fails: Slurm drains n1 and holds the job
 """
@@ -46,3 +50,14 @@ def test_a_job_that_a_node_could_not_start_runs_on_another(stub, n1_starts_nothi
     assert "launch failed requeued held" in reasons
     (record,) = read_all(stub)
     assert (record.outcome, record.provenance["host"]) == ("completed", "n2")
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_and_nothing_doubled_where_all_falls_apart(tmp_path):
+    require_slurm(accounting=False)
+    command = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--num-runs", "12", "--every", "5"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing was lost, nothing doubled" in done.stdout
