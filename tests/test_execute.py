@@ -211,6 +211,18 @@ def test_a_claim_is_exclusive_and_outlives_no_owner(tmp_path):
     assert claims.claim(tmp_path, "a")
 
 
+def test_a_claim_that_was_not_written_whole_stops_nobody_for_long(tmp_path):
+    """Its machine failed at once: the folder is there, and its file is empty."""
+    place = tmp_path / "claims" / "a"
+    place.mkdir(parents=True)
+    (place / "owner.json").touch()
+    assert claims.owner(tmp_path, "a") is None
+    assert not claims.claim(tmp_path, "a")
+    os.utime(place, (0, 0))
+    assert claims.claim(tmp_path, "a")
+    assert claims.owner(tmp_path, "a")["pid"] == os.getpid()
+
+
 def train_run(num_steps=40):
     return stub_run("train", workload={"num_steps": num_steps})
 

@@ -8,11 +8,15 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from suites.harness import provenance
+from suites.harness.record import write_synced
+
+TORN_S = 60.0  # until an owner that cannot be read is taken for lost with its machine
 
 
 def claim(store: Path, run_id: str) -> bool:
@@ -23,7 +27,7 @@ def claim(store: Path, run_id: str) -> bool:
     ready = folder / f".new-{uuid.uuid4().hex}"
     ready.mkdir()
     try:
-        (ready / "owner.json").write_text(json.dumps(ourselves()), encoding="utf-8")
+        write_synced(ready / "owner.json", json.dumps(ourselves()))
     except OSError:
         shutil.rmtree(ready, ignore_errors=True)
         raise
@@ -48,11 +52,11 @@ def release(store: Path, run_id: str) -> None:
 
 
 def owner(store: Path, run_id: str) -> dict[str, Any] | None:
+    """Who has a claim; None where nobody has, or where its file is not whole."""
     try:
-        text = (store / "claims" / run_id / "owner.json").read_text(encoding="utf-8")
-    except OSError:
+        return json.loads((store / "claims" / run_id / "owner.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return json.loads(text)
 
 
 def is_alive(found: dict[str, Any]) -> bool:
@@ -107,12 +111,23 @@ def _set_aside_if_dead(place: Path) -> bool:
     """Moves a dead owner's claim away. Its new name is the owner's token, so that of two rescuers
     the slower one cannot move away the claim that the faster one has just made."""
     found = owner(place.parent.parent, place.name)
-    if found is None:
-        return not place.exists()
-    if is_alive(found):
+    if found is not None and is_alive(found):
         return False
+    token = found["token"] if found else _torn(place)
+    if token is None:
+        return not place.exists()
     try:
-        place.rename(place.with_name(f".dead-{found['token']}"))
+        place.rename(place.with_name(f".dead-{token}"))
     except OSError:
         return not place.exists()
     return True
+
+
+def _torn(place: Path) -> str | None:
+    """In place of a token, of a claim whose owner was not written whole; None where it may be."""
+    try:
+        (place / "owner.json").read_bytes()
+        changed_at = place.stat().st_mtime
+    except OSError:
+        return None
+    return f"torn-{changed_at}" if time.time() - changed_at > TORN_S else None

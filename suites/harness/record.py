@@ -152,13 +152,9 @@ def write(store: Path, record: Record, *, may_replace: bool = True) -> Path:
 def write_atomically(path: Path, text: str, *, may_replace: bool = True) -> None:
     """The whole text, or nothing: temporary name, fsync, rename, fsync of the folder. What may not
     be replaced raises FileExistsError where it is there already, whoever wrote it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, text)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -186,6 +182,15 @@ def with_room(write: Callable[[], T]) -> T:
                     print(f"aerie: {error}; waiting for room", file=sys.stderr, flush=True)
                 is_said = True
         time.sleep(PAUSE_S)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Under its final name at once: something else, written later, makes it count."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

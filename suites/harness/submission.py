@@ -27,7 +27,7 @@ from suites.harness import claims
 from suites.harness.cluster import Cluster
 from suites.harness.pack import Job
 from suites.harness.plan import Planned
-from suites.harness.record import write_atomically
+from suites.harness.record import write_atomically, write_synced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def intend(
     for array, index in made.places():
         job = jobs[array][index]
         text = json.dumps([item.stored() for item in job.runs])
-        write_quickly(made.folder / "jobs" / f"{array}_{index}.json", text)
+        write_synced(made.folder / "jobs" / f"{array}_{index}.json", text)
         run_ids.append([array, index, [item.run.run_id for item in job.runs]])
     write_atomically(made.folder / "runs.json", json.dumps(run_ids))
     if left:
@@ -237,15 +237,6 @@ def find(store: Path, name: str) -> Submission:
         what = "no submission" if not found else "several submissions"
         raise ValueError(f"{what} {name!r} in {store}; the last are: {known}.")
     return found[0]
-
-
-def write_quickly(path: Path, text: str) -> None:
-    """Synced, under its final name at once: the intent, written last, makes it count."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _stored(submission: Submission) -> dict[str, Any]:
