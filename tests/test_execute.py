@@ -207,8 +207,34 @@ def test_a_claim_is_exclusive_and_outlives_no_owner(tmp_path):
     dead = json.loads(place.read_text()) | {"started": "another boot 1"}
     place.write_text(json.dumps(dead))
     assert claims.claim(tmp_path, "a")
-    claims.release(tmp_path, "a")
+    token = claims.owner(tmp_path, "a")["token"]
+    claims.release(tmp_path, "a", token)
     assert claims.claim(tmp_path, "a")
+
+
+def test_a_claim_is_given_back_by_its_token_alone(tmp_path, monkeypatch):
+    """Of two who release one claim, the slower leaves alone what was claimed meanwhile."""
+    first = claims.claim(tmp_path, "a")
+    claims.release(tmp_path, "a", first)
+    second = claims.claim(tmp_path, "a")
+    claims.release(tmp_path, "a", first)
+    assert claims.owner(tmp_path, "a")["token"] == second
+
+    look = claims._token
+    monkeypatch.setattr(claims, "_token", lambda place: first if place.name == "a" else look(place))
+    claims.release(tmp_path, "a", first)  # claimed between its look and its move
+    assert claims.owner(tmp_path, "a")["token"] == second
+
+    monkeypatch.undo()
+    claims.release(tmp_path, "a", second)
+    assert not list((tmp_path / "claims").iterdir())
+    claims.claim(tmp_path, "b")
+    (tmp_path / "claims" / ".dead-1").mkdir()
+    claims.sweep_up(tmp_path)
+    assert len(list((tmp_path / "claims").iterdir())) == 2
+    monkeypatch.setattr(claims, "KEPT_S", 0.0)
+    claims.sweep_up(tmp_path)
+    assert [path.name for path in (tmp_path / "claims").iterdir()] == ["b"]
 
 
 def test_a_claim_that_was_not_written_whole_stops_nobody_for_long(tmp_path):

@@ -16,39 +16,60 @@ from typing import Any
 from suites.harness import provenance
 from suites.harness.record import write_synced
 
+KEPT_S = 86400.0  # that the name of a dead claim stands in the way of a slower rescuer
 TORN_S = 60.0  # until an owner that cannot be read is taken for lost with its machine
 
 
-def claim(store: Path, run_id: str) -> bool:
-    """Takes the run for this process; False where another one that lives has it."""
+def claim(store: Path, run_id: str) -> str | None:
+    """Takes the run for this process, and returns the token that gives it back; None where another
+    process that lives has it."""
     folder = store / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / run_id
     ready = folder / f".new-{uuid.uuid4().hex}"
     ready.mkdir()
+    made = ourselves()
     try:
-        write_synced(ready / "owner.json", json.dumps(ourselves()))
+        write_synced(ready / "owner.json", json.dumps(made))
     except OSError:
         shutil.rmtree(ready, ignore_errors=True)
         raise
     for _ in range(2):
         try:
             ready.rename(place)  # fails where the place is a folder with an owner in it
-            return True
+            return made["token"]
         except OSError:
             if not _set_aside_if_dead(place):
                 break
     shutil.rmtree(ready)
-    return False
+    return None
 
 
-def release(store: Path, run_id: str) -> None:
-    """Gives a claim of ours back."""
+def release(store: Path, run_id: str, token: str) -> None:
+    """Gives back the claim of this token; one that somebody else has made since stays."""
     place = store / "claims" / run_id
-    gone = place.with_name(f".gone-{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
+    if _token(place) != token:
+        return
+    gone = place.with_name(f".dead-{token}")
+    try:
         place.rename(gone)
-        shutil.rmtree(gone)
+    except OSError:
+        if _token(place) == token:
+            raise
+        return
+    if _token(gone) != token:  # made between our look and our move
+        with contextlib.suppress(OSError):
+            gone.rename(place)
+    else:
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep_up(store: Path) -> None:
+    """Removes what was set aside, or never made, long ago."""
+    for path in (store / "claims").glob(".*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_ctime > KEPT_S:
+                shutil.rmtree(path)
 
 
 def owner(store: Path, run_id: str) -> dict[str, Any] | None:
@@ -121,6 +142,10 @@ def _set_aside_if_dead(place: Path) -> bool:
     except OSError:
         return not place.exists()
     return True
+
+
+def _token(place: Path) -> str | None:
+    return (owner(place.parent.parent, place.name) or {}).get("token")
 
 
 def _torn(place: Path) -> str | None:

@@ -66,6 +66,7 @@ def reconcile(store: Path) -> View:
         view.silent = str(error)
     for made in open_ones:
         view.jobs += _settle(made, seen, now, is_answered=view.silent is None)
+    claims.sweep_up(store)
     return view
 
 
@@ -218,7 +219,7 @@ def _give_back(store: Path, name: str, key: str) -> None:
     """Releases what a job that has ended, or a process that is dead, had claimed."""
     owner = claims.owner(store, name)
     if owner is not None and (owner.get("job") == key or not claims.is_alive(owner)):
-        claims.release(store, name)
+        claims.release(store, name, owner["token"])
 
 
 def _said(

@@ -82,23 +82,25 @@ class _Slot:
     that two sweeps shared run by run would be whole in neither."""
 
     unit: deque[Planned] = field(default_factory=deque)
-    claim: str | None = None
+    claim: tuple[str, str] | None = None  # its name and its token
     start: float = 0.0
 
     def take(self, store: Path, unit: list[Planned]) -> list[str]:
         """Run ids of a unit that another process has; none where it is ours now. What others have
         measured of a block since it was planned counts where it is all of it."""
         claim = block_claim(unit)
-        if claim is not None and not _claim(store, claim):
+        token = _claim(store, claim) if claim else None
+        if claim is not None and token is None:
             return [item.run.run_id for item in unit]
-        self.unit, self.claim, self.start = deque(unit), claim, time.perf_counter()
+        self.unit, self.start = deque(unit), time.perf_counter()
+        self.claim = (claim, token) if claim else None
         if not all(_outcome_meanwhile(store, item) for item in unit):
             self.unit = deque(_anew(store, item) for item in unit) if claim else self.unit
         return []
 
     def leave(self, store: Path) -> None:
         if self.claim is not None:
-            claims.release(store, self.claim)
+            claims.release(store, *self.claim)
         self.claim = None
 
 
@@ -149,7 +151,7 @@ def sweep(
         job = running.pop(handle)
         job.path.unlink(missing_ok=True)
         phase_path(store, job.task).unlink(missing_ok=True)
-        claims.release(store, record.run_id)
+        claims.release(store, record.run_id, job.task.owner["token"])
         _finish(job.planned, record)
 
     def _finish(planned: Planned, record: Record) -> None:
@@ -161,19 +163,19 @@ def sweep(
         on_end(planned, record)
 
     def start(planned: Planned, slot: int) -> None:
-        if not _claim(store, planned.run.run_id):
+        if not (token := _claim(store, planned.run.run_id)):
             result.elsewhere.append(planned.run.run_id)
             return
         if outcome := _outcome_meanwhile(store, planned):
-            claims.release(store, planned.run.run_id)
+            claims.release(store, planned.run.run_id, token)
             result.outcomes[planned.run.run_id] = outcome
             return
-        task = _task(planned, session, cluster.interpreter(planned.run.backend))
+        task = _task(planned, session, cluster.interpreter(planned.run.backend), token)
         smaller = next((p for p in proven if plan.is_larger(planned.run, p)), None)
         if smaller and not verify_frontier:
             record = _predicted(task, smaller)
             _write(store, record)
-            claims.release(store, record.run_id)
+            claims.release(store, record.run_id, token)
             _finish(planned, record)
             return
         on_start(planned)
@@ -282,13 +284,13 @@ def _given(job: _Running) -> float:
     return time.perf_counter() - (job.unit_start if job.planned.block else job.start)
 
 
-def _task(planned: Planned, session: str, python: str | None) -> Task:
+def _task(planned: Planned, session: str, python: str | None, token: str) -> Task:
     return Task(
         run=planned.run,
         build=planned.build,
         attempt=new_attempt(),
         parent_pid=os.getpid(),
-        owner=claims.ourselves(),
+        owner=claims.ourselves() | {"token": token},
         found={
             "build_device": provenance.device_name(planned.run.device_kind),
             "versions": provenance.versions(python),
@@ -306,7 +308,7 @@ def _job(store: Path, planned: Planned, task: Task, slot: int, unit_start: float
     return _Running(planned, task, path, slot, utc_now(), time.perf_counter(), unit_start)
 
 
-def _claim(store: Path, name: str) -> bool:
+def _claim(store: Path, name: str) -> str | None:
     return with_room(lambda: claims.claim(store, name))
 
 
