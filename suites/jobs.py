@@ -122,19 +122,25 @@ def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool =
             raise ValueError("name the submissions to cancel, or say --all.")
         made = submission.read(store) if all_ else [submission.find(store, n) for n in names]
         reconcile.reconcile(store)
-        stopped = []
+        stopped, elsewhere = [], []
         for one in made:
             if one.memory().get("is_settled"):
                 continue
             for array in one.arrays:
                 if job_id := one.job_id(array.number):
                     launch.launcher(one.cluster(array.number).executor).cancel([job_id])
-            stopped.append(one.id)
+            is_elsewhere = any(one.is_elsewhere(array.number) for array in one.arrays)
+            (elsewhere if is_elsewhere else stopped).append(one)
+    ids = [one.id for one in stopped]
     if as_json:
-        display.print_json({"cancelled": stopped})
+        display.print_json({"cancelled": ids})
     else:
-        print(f"cancelled: {', '.join(stopped) or 'nothing, all had ended'}.")
-    return AS_PLANNED
+        none = "nothing" if elsewhere else "nothing, all had ended"
+        print(f"cancelled: {', '.join(ids) or none}.")
+    for one in elsewhere:
+        host = one.owner["host"]
+        print(f"aerie: {one.id} runs on {host}; cancel it there.", file=sys.stderr)
+    return NOT_AS_PLANNED if elsewhere else AS_PLANNED
 
 
 def collect(store: Path, out: Path | None, *, as_json: bool = False) -> int:

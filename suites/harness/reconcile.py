@@ -162,7 +162,7 @@ def _settle(
             beat_age_s=None if beat is None or has_said or is_here else now - beat["at"],
             lost_after_s=0.0 if has_said or is_here else cluster.lost_after_s,
             is_requeued=cluster.is_requeued,
-            is_answered=is_answered,
+            is_answered=is_answered and (has_said or not made.is_elsewhere(array)),
         )
         looks[name] = vars(memory)
         is_seen = has_said or (memory.ended_at and now - memory.ended_at >= cluster.view_s)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from implementations.config import build
-from suites.harness import claims
+from suites.harness import claims, provenance
 from suites.harness.cluster import Cluster
 from suites.harness.pack import Job
 from suites.harness.plan import Planned
@@ -76,6 +76,11 @@ class Submission:
     def cluster(self, array: int) -> Cluster:
         name = self.arrays[array].cluster
         return next(cluster for cluster in self.clusters if cluster.name == name)
+
+    def is_elsewhere(self, array: int) -> bool:
+        """Whether an array's processes are another machine's: from here they cannot be seen."""
+        is_local = self.cluster(array).executor == "local"
+        return is_local and self.owner["host"] != provenance.node()
 
     def job_name(self, array: int) -> str:
         """By which an array is found in the queue, also where its number was never written."""

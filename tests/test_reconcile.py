@@ -1,0 +1,81 @@
+"""What is settled, and what stays open: other machines, silence, and jobs that are not ours."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from stub_suite import stub_run
+
+from suites import jobs
+from suites.harness import launch, plan, provenance, reconcile, submission
+from suites.harness.cluster import Cluster
+from suites.harness.pack import Job
+from suites.harness.slurm import Seen
+from suites.harness.submission import Submission
+
+CLUSTERS = {
+    name: Cluster(name=name, executor=name, lost_after_s=0.01, view_s=0.0)
+    for name in ("local", "slurm")
+}
+
+
+class Scheduler:
+    """Stands in for both launchers: what it is asked, it answers."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Seen] = {}
+        self.find: Callable[[Submission, int], str | None] = lambda made, array: None
+        self.cancelled: list[str] = []
+
+    def poll(self, job_ids: Iterable[str]) -> dict[str, Seen]:
+        return dict(self.jobs)
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        self.cancelled += job_ids
+
+
+@pytest.fixture
+def schedulers(monkeypatch) -> dict[str, Scheduler]:
+    found = {name: Scheduler() for name in CLUSTERS}
+    monkeypatch.setattr(launch, "launcher", found.get)
+    return found
+
+
+def submit(store: Path, *executors: str, job_id: str | None = "7@x") -> Submission:
+    """An intent of an array of one job for each of these, with its number where it has one."""
+    packed = []
+    for number, name in enumerate(executors):
+        (item,) = plan.plan(store, [stub_run("done", seed=number)])
+        packed.append((CLUSTERS[name], [[Job([item])]]))
+    made = submission.intend(
+        store, title="stub", command="a test", snapshot=store, packed=packed, left=[]
+    )
+    for array in made.arrays:
+        if job_id is not None:
+            made.remember_job_id(array.number, job_id)
+    return made
+
+
+def states_of(store: Path) -> list[str]:
+    return [str(job.state) for job in reconcile.reconcile(store).jobs]
+
+
+def test_processes_of_another_machine_are_not_lost(stub, schedulers, monkeypatch, capsys):
+    made = submit(stub, "local")
+    here = provenance.node()
+    monkeypatch.setattr(provenance, "node", lambda: "elsewhere")
+    assert states_of(stub) == ["queued"]
+    assert jobs.cancel(stub, [made.id]) == 1
+    said = capsys.readouterr()
+    assert said.out == "cancelled: nothing.\n"
+    assert f"{made.id} runs on {here}; cancel it there." in said.err
+    monkeypatch.setattr(provenance, "node", lambda: here)
+    assert states_of(stub) == []
+
+
+def test_the_last_word_of_another_machine_counts(stub, schedulers, monkeypatch):
+    made = submit(stub, "local")
+    made.beat_path(0, 0).parent.mkdir()
+    made.beat_path(0, 0).write_text('{"at": 0, "ended_at": "now"}')
+    monkeypatch.setattr(provenance, "node", lambda: "elsewhere")
+    assert states_of(stub) == []
