@@ -10,7 +10,7 @@ from suites import jobs
 from suites.harness import launch, plan, provenance, reconcile, submission
 from suites.harness.cluster import Cluster
 from suites.harness.pack import Job
-from suites.harness.slurm import Seen
+from suites.harness.slurm import Seen, Unreachable
 from suites.harness.submission import Submission
 
 CLUSTERS = {
@@ -25,9 +25,12 @@ class Scheduler:
     def __init__(self) -> None:
         self.jobs: dict[str, Seen] = {}
         self.find: Callable[[Submission, int], str | None] = lambda made, array: None
+        self.is_silent = False
         self.cancelled: list[str] = []
 
     def poll(self, job_ids: Iterable[str]) -> dict[str, Seen]:
+        if self.is_silent:
+            raise Unreachable("no answer")
         return dict(self.jobs)
 
     def cancel(self, job_ids: Iterable[str]) -> None:
@@ -79,3 +82,23 @@ def test_the_last_word_of_another_machine_counts(stub, schedulers, monkeypatch):
     made.beat_path(0, 0).write_text('{"at": 0, "ended_at": "now"}')
     monkeypatch.setattr(provenance, "node", lambda: "elsewhere")
     assert states_of(stub) == []
+
+
+def test_a_scheduler_that_is_silent_leaves_the_other_alone(stub, schedulers):
+    both, local, asked = submit(stub, "slurm", "local"), submit(stub, "local"), []
+    schedulers["slurm"].is_silent = True
+    view = reconcile.reconcile(stub)
+    assert [(job.made.id, job.array) for job in view.jobs] == [(both.id, 0)]
+    assert view.silent == "no answer"
+    assert local.memory()["is_settled"]
+
+    lost = submit(stub, "slurm", "local", job_id=None)
+
+    def find(made: Submission, array: int) -> None:
+        asked.append(made.id)
+        raise Unreachable("no answer")
+
+    schedulers["slurm"].find = find
+    schedulers["local"].find = lambda made, array: "8@x"
+    reconcile.reconcile(stub)
+    assert (asked, lost.job_id(0), lost.job_id(1)) == ([lost.id], None, "8@x")

@@ -5,7 +5,7 @@ theirs never replaces one that a run has written.
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,16 +56,18 @@ def reconcile(store: Path) -> View:
     view, now = View(), time.time()
     open_ones = [one for one in submission.read(store) if not one.memory().get("is_settled")]
     seen: dict[str, Seen] = {}
-    try:
-        for made in open_ones:
-            _adopt(made, now)
-        for executor in ("local", "slurm"):
+    silent: dict[str, str] = {}
+    for executor in ("local", "slurm"):
+        try:
+            for made in open_ones:
+                _adopt(made, executor)
             if job_ids := _job_ids(open_ones, executor):
                 seen |= launch.launcher(executor).poll(job_ids)
-    except Unreachable as error:
-        view.silent = str(error)
+        except Unreachable as error:
+            silent[executor] = str(error)
+    view.silent = silent.get("slurm")
     for made in open_ones:
-        view.jobs += _settle(made, seen, now, is_answered=view.silent is None)
+        view.jobs += _settle(made, seen, now, silent)
     claims.sweep_up(store)
     return view
 
@@ -104,14 +106,15 @@ def open_attempts(store: Path, run_id: str) -> Iterator[Task]:
                 yield task
 
 
-def _adopt(made: Submission, now: float) -> None:
+def _adopt(made: Submission, executor: str) -> None:
     """Finds the arrays whose submitter was killed between sbatch and its bookkeeping, and those
     that were taken although sbatch says that they were not: its answer was too late."""
     for array in made.arrays:
-        if made.job_id(array.number) is None:
-            launcher = launch.launcher(made.cluster(array.number).executor)
-            if (job_id := launcher.find(made, array.number)) is not None:
-                made.remember_job_id(array.number, job_id)
+        number = array.number
+        if made.cluster(number).executor != executor or made.job_id(number) is not None:
+            continue
+        if (job_id := launch.launcher(executor).find(made, number)) is not None:
+            made.remember_job_id(number, job_id)
 
 
 def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
@@ -132,9 +135,10 @@ def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
 
 
 def _settle(
-    made: Submission, seen: dict[str, Seen], now: float, *, is_answered: bool
+    made: Submission, seen: dict[str, Seen], now: float, silent: Container[str]
 ) -> list[JobView]:
-    """The jobs of a submission that have not ended; those that have are closed and remembered."""
+    """The jobs of a submission that have not ended; those that have are closed and remembered.
+    `silent` are the executors that did not answer."""
     kept = made.memory()
     settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
     beats, open_jobs, held = made.beats(), [], []
@@ -143,6 +147,7 @@ def _settle(
         name, cluster, job_id = f"{array}_{index}", made.cluster(array), job_ids[array]
         if name in settled:
             continue
+        is_answered = cluster.executor not in silent
         if job_id is None:
             if is_answered and (made.refusal(array) or _is_orphan(made, now)):
                 settled.add(name)  # never submitted: its runs are as before
