@@ -102,3 +102,17 @@ def test_a_scheduler_that_is_silent_leaves_the_other_alone(stub, schedulers):
     schedulers["local"].find = lambda made, array: "8@x"
     reconcile.reconcile(stub)
     assert (asked, lost.job_id(0), lost.job_id(1)) == ([lost.id], None, "8@x")
+
+
+def test_a_job_that_cannot_be_closed_stays_open_and_the_next_is_settled(stub, schedulers):
+    bad, good = submit(stub, "local"), submit(stub, "local")
+    path = bad.folder / "jobs" / "0_0.json"
+    path.rename(path.with_suffix(".away"))  # it cannot be read
+    view = reconcile.reconcile(stub)
+    assert [job.made.id for job in view.jobs] == [bad.id]
+    (line,) = view.troubles
+    assert line.startswith(f"{bad.id}: job 0_0 cannot be closed: ")
+    assert good.memory()["is_settled"]
+    path.with_suffix(".away").rename(path)
+    view = reconcile.reconcile(stub)
+    assert (view.jobs, view.troubles) == ([], [])

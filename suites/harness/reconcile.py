@@ -45,6 +45,7 @@ class View:
 
     jobs: list[JobView] = field(default_factory=list)
     silent: str | None = None  # why Slurm did not answer
+    troubles: list[str] = field(default_factory=list)  # what could not be written, a line each
 
     def active_run_ids(self) -> set[str]:
         return {run_id for job in self.jobs for run_id in job.run_ids}
@@ -67,7 +68,7 @@ def reconcile(store: Path) -> View:
             silent[executor] = str(error)
     view.silent = silent.get("slurm")
     for made in open_ones:
-        view.jobs += _settle(made, seen, now, silent)
+        view.jobs += _settle(made, seen, now, silent, view.troubles)
     claims.sweep_up(store)
     return view
 
@@ -135,10 +136,14 @@ def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
 
 
 def _settle(
-    made: Submission, seen: dict[str, Seen], now: float, silent: Container[str]
+    made: Submission,
+    seen: dict[str, Seen],
+    now: float,
+    silent: Container[str],
+    troubles: list[str],
 ) -> list[JobView]:
     """The jobs of a submission that have not ended; those that have are closed and remembered.
-    `silent` are the executors that did not answer."""
+    `silent` are the executors that did not answer; `troubles` takes what could not be written."""
     kept = made.memory()
     settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
     beats, open_jobs, held = made.beats(), [], []
@@ -176,7 +181,8 @@ def _settle(
             continue
         try:
             _close(made, array, index, memory.seen, beat)
-        except OSError:  # a full disk, or another user's folder: later, or by somebody else
+        except OSError as error:  # a full disk, or another user's folder: later, or somebody else
+            troubles.append(f"{made.id}: job {name} cannot be closed: {error}")
             open_jobs.append(JobView(made, array, index, state, memory.seen, beat))
             continue
         settled.add(name)
