@@ -1,13 +1,16 @@
 """What is settled, and what stays open: other machines, silence, and jobs that are not ours."""
 
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from stub_suite import stub_run
 
 from suites import jobs
-from suites.harness import launch, plan, provenance, reconcile, submission
+from suites.harness import claims, launch, plan, provenance, reconcile, submission
 from suites.harness.cluster import Cluster
 from suites.harness.pack import Job
 from suites.harness.slurm import Seen, Unreachable
@@ -116,3 +119,53 @@ def test_a_job_that_cannot_be_closed_stays_open_and_the_next_is_settled(stub, sc
     path.with_suffix(".away").rename(path)
     view = reconcile.reconcile(stub)
     assert (view.jobs, view.troubles) == ([], [])
+
+
+WAIT_S = 100.0
+TIMEOUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+LIMIT = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy"
+
+
+def test_an_array_whose_sbatch_may_still_talk_is_waited_for(stub, schedulers, monkeypatch):
+    """Its submitter is dead, or was told nothing; on another machine it may be alive."""
+    now = time.time()
+    monkeypatch.setitem(CLUSTERS, "slurm", replace(CLUSTERS["slurm"], lost_after_s=WAIT_S))
+    killed, slow, refused = (submit(stub, "slurm", "slurm", job_id=None) for _ in range(3))
+    slow.remember_refusal(0, TIMEOUT)
+    slow.remember_refusal(1, TIMEOUT)
+    refused.remember_refusal(0, LIMIT)
+    refused.remember_refusal(1, LIMIT)
+    monkeypatch.setattr(claims, "is_alive", lambda owner: False)
+
+    def open_ones(seconds: float) -> set[str]:
+        monkeypatch.setattr(time, "time", lambda: now + seconds)
+        return {job.made.id for job in reconcile.reconcile(stub).jobs}
+
+    assert open_ones(WAIT_S - 5) == {killed.id, slow.id}
+    assert refused.memory()["is_settled"]
+    schedulers["slurm"].find = lambda made, array: "9" if (made.id, array) == (slow.id, 1) else None
+    assert open_ones(WAIT_S + 5) == {slow.id}
+    assert (slow.job_id(0), slow.job_id(1)) == (None, "9")
+    with pytest.raises(launch.Refused, match="given up by a later command"):
+        launch.Slurm().submit(killed, 0)
+
+
+def test_an_intent_of_another_machine_counts_from_its_last_sign_of_life(
+    stub, schedulers, monkeypatch
+):
+    made = submit(stub, "slurm", "slurm", job_id=None)
+    old = datetime.now(UTC) - timedelta(seconds=2 * reconcile.ORPHAN_S)
+    monkeypatch.setattr(Submission, "created_s", old.timestamp())
+    made.remember_job_id(0, "9")  # just now: it submits array after array
+    monkeypatch.setattr(provenance, "node", lambda: "elsewhere")
+    assert states_of(stub) == ["queued", "planned"]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + reconcile.ORPHAN_S + 5)
+    assert states_of(stub) == []
+
+
+def test_a_local_array_of_a_dead_submitter_was_never_submitted(stub, schedulers, monkeypatch):
+    submit(stub, "local", job_id=None)
+    assert states_of(stub) == ["planned"]
+    monkeypatch.setattr(claims, "is_alive", lambda owner: False)
+    assert states_of(stub) == []

@@ -497,6 +497,7 @@ def test_submitters_that_are_killed_or_at_once_submit_each_run_once(slurm, stub)
     for name in ("before", "after"):
         users[name].submit(runs, die=f"{name} sbatch", code=-9)
         assert not users[name].jobs
+    time.sleep(cluster()["lost_after_s"] + 1)  # until no sbatch can talk any more
     assert users["before"].submit(runs)["num_runs"] == len(runs)
     bill = users["after"].submit(runs)  # finds the job by its name
     assert bill["num_current"] + bill["num_finished"] >= 4

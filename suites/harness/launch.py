@@ -8,6 +8,7 @@ nothing, so that no job waits for a file that a killed submitter never moved int
 import contextlib
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,9 @@ from suites.harness.cluster import Cluster
 from suites.harness.slurm import Seen
 from suites.harness.submission import Submission
 
+_UNHEARD = re.compile(
+    r"timed? ?out|contact|connect|communicat|transmi|receive|said nothing", re.IGNORECASE
+)
 WORKER = "suites.harness.worker"
 
 
@@ -35,7 +39,7 @@ class Launcher(Protocol):
         """What would be submitted, as text; `command` instead of the worker, where it is given."""
 
     def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
-        """Submits an array and returns its job id. Raises Refused; nothing is submitted then."""
+        """Submits an array and returns its job id. Raises Refused; see may_be_taken."""
 
     def poll(self, job_ids: Iterable[str]) -> dict[str, Seen]:
         """What is known of the jobs of arrays, by ARRAY_INDEX: one query for all of them."""
@@ -56,6 +60,8 @@ class Slurm:
     def submit(self, submission: Submission, array: int, command: str | None = None) -> str:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        if f"{array}_0" in submission.memory().get("settled", ()):
+            raise Refused("given up by a later command: nothing was heard for 10 minutes")
         submission.logs(array).mkdir(parents=True, exist_ok=True)
         made = self._array(submission, array)
         try:
@@ -96,6 +102,12 @@ class Slurm:
         )
         made.parameters["map_count"] = count
         return made
+
+
+def may_be_taken(refusal: str) -> bool:
+    """Whether an array may be in the queue all the same: sbatch does not report an answer, but that
+    it has heard none."""
+    return _UNHEARD.search(refusal) is not None
 
 
 def _reason(said: str) -> str:

@@ -20,7 +20,8 @@ from suites.harness.states import Memory, TaskState
 from suites.harness.submission import Submission
 from suites.harness.sweep import block_claim, units
 
-ORPHAN_S = 600.0  # until an intent of another machine, unknown to Slurm, was never submitted
+ORPHAN_S = 600.0  # from a submitter's last sign of life, until what it left is given up
+SBATCH_S = 120.0  # the same where it is known to be dead, and its sbatch may still talk
 
 
 @dataclass
@@ -147,14 +148,15 @@ def _settle(
     kept = made.memory()
     settled, looks = set(kept.get("settled", ())), dict(kept.get("looks", {}))
     beats, open_jobs, held = made.beats(), [], []
-    job_ids = {array.number: made.job_id(array.number) for array in made.arrays}
+    answers = {array.number: made.answer(array.number) for array in made.arrays}
     for array, index in made.places():
-        name, cluster, job_id = f"{array}_{index}", made.cluster(array), job_ids[array]
+        name, cluster = f"{array}_{index}", made.cluster(array)
+        job_id = answers[array].get("job_id")
         if name in settled:
             continue
         is_answered = cluster.executor not in silent
         if job_id is None:
-            if is_answered and (made.refusal(array) or _is_orphan(made, now)):
+            if is_answered and _is_never_submitted(made, array, answers, now):
                 settled.add(name)  # never submitted: its runs are as before
             else:
                 open_jobs.append(JobView(made, array, index, TaskState.PLANNED))
@@ -197,11 +199,21 @@ def _settle(
     return open_jobs
 
 
-def _is_orphan(made: Submission, now: float) -> bool:
-    """Whether nobody is going to submit what an intent says any more."""
-    if made.owner["host"] == provenance.node() and not claims.is_alive(made.owner):
+def _is_never_submitted(
+    made: Submission, array: int, answers: dict[int, dict[str, Any]], now: float
+) -> bool:
+    """Whether an array without a job id will not get one any more: Slurm may take it as long as an
+    sbatch talks, which outlives its submitter, or after one that gave up waiting."""
+    cluster = made.cluster(array)
+    is_local, sbatch_s = cluster.executor == "local", min(SBATCH_S, cluster.lost_after_s)
+    if refusal := answers[array].get("refusal"):
+        is_told = is_local or not launch.may_be_taken(refusal)
+        return is_told or now - submission.seconds(answers[array]["submitted_at"]) > sbatch_s
+    is_dead = made.owner["host"] == provenance.node() and not claims.is_alive(made.owner)
+    if is_dead and is_local:
         return True
-    return now - made.created_s > ORPHAN_S
+    said = [submission.seconds(one["submitted_at"]) for one in answers.values() if one]
+    return now - max([made.created_s, *said]) > (sbatch_s if is_dead else ORPHAN_S)
 
 
 def _close(

@@ -62,7 +62,7 @@ class Submission:
     @property
     def created_s(self) -> float:
         """Since the epoch."""
-        return datetime.fromisoformat(self.created_at).timestamp()
+        return seconds(self.created_at)
 
     @property
     def stamp(self) -> str:
@@ -113,13 +113,17 @@ class Submission:
         known = {cluster.name: cluster for cluster in self.clusters}
         return [(Planned.from_stored(value), known[name]) for value, name in values]
 
+    def answer(self, array: int) -> dict[str, Any]:
+        """What the scheduler said to an array, and when; nothing before that is written."""
+        return _read(self.folder / "arrays" / f"{array}.json") or {}
+
     def job_id(self, array: int) -> str | None:
         """What Slurm calls an array; None before that is known, and where it was refused."""
-        return (_read(self.folder / "arrays" / f"{array}.json") or {}).get("job_id")
+        return self.answer(array).get("job_id")
 
     def refusal(self, array: int) -> str | None:
         """Why the scheduler did not take an array."""
-        return (_read(self.folder / "arrays" / f"{array}.json") or {}).get("refusal")
+        return self.answer(array).get("refusal")
 
     def remember_job_id(self, array: int, job_id: str) -> None:
         values = {"job_id": job_id, "submitted_at": _now()}
@@ -270,6 +274,11 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # in a container that does not know its users
         return str(os.getuid())
+
+
+def seconds(time: str) -> float:
+    """Since the epoch."""
+    return datetime.fromisoformat(time).timestamp()
 
 
 def _now() -> str:
