@@ -1,5 +1,6 @@
 """What is settled, and what stays open: other machines, silence, and jobs that are not ours."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -10,9 +11,12 @@ import pytest
 from stub_suite import stub_run
 
 from suites import jobs
-from suites.harness import claims, launch, plan, provenance, reconcile, submission
+from suites.harness import claims, launch, plan, provenance, reconcile, slurm, submission
 from suites.harness.cluster import Cluster
+from suites.harness.execute import Task, new_attempt
 from suites.harness.pack import Job
+from suites.harness.record import read_all, record_path, write_atomically
+from suites.harness.run import Run
 from suites.harness.slurm import Seen, Unreachable
 from suites.harness.submission import Submission
 
@@ -169,3 +173,33 @@ def test_a_local_array_of_a_dead_submitter_was_never_submitted(stub, schedulers,
     assert states_of(stub) == ["planned"]
     monkeypatch.setattr(claims, "is_alive", lambda owner: False)
     assert states_of(stub) == []
+
+
+def begin(store: Path, run: Run, **owner) -> Path:
+    """An attempt as a killed worker leaves it: with no record."""
+    task = Task(run=run, build="a.b", attempt=new_attempt(), parent_pid=0,
+                owner=claims.ourselves() | owner)  # fmt: skip
+    path = record_path(store, run.run_id, f".task-{task.attempt}")
+    write_atomically(path, json.dumps(task.to_json()))
+    return path
+
+
+def test_a_job_asks_for_its_earlier_end_only_where_it_left_something(stub, monkeypatch):
+    runs, asked = [stub_run("done", seed=seed) for seed in range(2)], []
+
+    def earlier_end(job_id: str) -> Seen:
+        asked.append(job_id)
+        return Seen(state="TIMEOUT", is_in_queue=False)
+
+    monkeypatch.setattr(slurm, "earlier_end", earlier_end)
+    monkeypatch.setattr(provenance, "job_id", lambda: "7_0")
+    monkeypatch.setattr(provenance, "num_restarts", lambda: 1)
+    dead = begin(stub, runs[0], restart=1, started="another boot")
+    begin(stub, runs[0], restart=1)  # alive
+    reconcile.close_our_own(stub, [run.run_id for run in runs])
+    assert (asked, dead.exists()) == ([], False)
+    begin(stub, runs[1], restart=0)
+    reconcile.close_our_own(stub, [run.run_id for run in runs])
+    assert asked == ["7_0"]
+    ends = {record.run_id: record.outcome for record in read_all(stub)}
+    assert ends == {runs[0].run_id: "node_failure", runs[1].run_id: "timed_out"}

@@ -75,12 +75,16 @@ def reconcile(store: Path) -> View:
 
 
 def close_our_own(store: Path, run_ids: Iterable[str]) -> None:
-    """The records of what an earlier start of our own job left open."""
-    earlier = slurm.earlier_end(provenance.job_id())
-    for run_id in run_ids:
-        for task in open_attempts(store, run_id):
-            if claims.is_earlier(task.owner) or not claims.is_alive(task.owner):
-                _write(store, task, *states.verdict(earlier))
+    """The records of what an earlier start of our own job left open. Slurm is asked only where it
+    left something: all jobs of an array begin at once."""
+    tasks = [task for run_id in run_ids for task in open_attempts(store, run_id)]
+    ours = [task for task in tasks if claims.is_earlier(task.owner)]
+    earlier = slurm.earlier_end(provenance.job_id()) if ours else None
+    for task in tasks:
+        if task in ours:
+            _write(store, task, *states.verdict(earlier))
+        elif not claims.is_alive(task.owner):  # of a process of its own on this machine
+            _write(store, task, *states.verdict(None))
 
 
 def write_unsupported(store: Path, item: Planned, reason: str) -> None:
