@@ -72,7 +72,7 @@ def test_submitting_twice_submits_once(aerie, shims, tmp_path):
     script = Path(call[-1]).read_text()
     assert "suites.harness.worker" in script
     assert "/code/" in script
-    row = "77|{}|PENDING||0|0:00|0|N/A|Priority\n"
+    row = f"77|{{}}|PENDING||0|0:00|0|N/A|aerie-{told['submission']}-0|Priority\n"
     shims.answers("squeue", Answer(stdout=row.format("0") + row.format("1")))
     code, out, _ = aerie("submit", *ONE, *CLUSTER, *store)
     assert "3 current (in a queue)" in out

@@ -203,3 +203,19 @@ def test_a_job_asks_for_its_earlier_end_only_where_it_left_something(stub, monke
     assert asked == ["7_0"]
     ends = {record.run_id: record.outcome for record in read_all(stub)}
     assert ends == {runs[0].run_id: "node_failure", runs[1].run_id: "timed_out"}
+
+
+def test_a_job_of_our_number_and_another_name_is_not_ours(stub, schedulers):
+    """Of another cluster on the same file system, or of one that was set up anew."""
+    made = submit(stub, "slurm", job_id="7")
+    running = Seen(state="RUNNING", is_in_queue=True, name=made.job_name(0))
+    schedulers["slurm"].jobs = {"7_0": running}
+    assert states_of(stub) == ["running"]
+    schedulers["slurm"].jobs = {"7_0": replace(running, state="FAILED", is_in_queue=False)}
+    foreign = replace(schedulers["slurm"].jobs["7_0"], name="theirs")
+    schedulers["slurm"].jobs = {"7_0": foreign}
+    assert states_of(stub) == ["stopping"]
+    made.beat_path(0, 0).parent.mkdir()
+    made.beat_path(0, 0).write_text(json.dumps({"at": time.time() + 60}))  # it lives
+    assert states_of(stub) == ["running"]
+    assert not list(read_all(stub))

@@ -13,30 +13,30 @@ from suites.harness import slurm as slurm_module
 from suites.harness.slurm import Job, Seen, Unreachable, cancel, describe, earlier_end, find, queue
 
 QUEUE = """\
-12|0|CANCELLED|cpu1|0|2:07|15|N/A|None
-28|0|NODE_FAIL|cpu2|0|3:06|0|N/A|NodeDown
-33|0|COMPLETING|gpu1|1|0:00|0|N/A|None
-33|1|COMPLETED|gpu1|1|0:02|0|N/A|None
-42|1|FAILED|gpu2|0|0:03|13:0|N/A|NonZeroExitCode
-10|0|FAILED|gpu1|0|0:07|36608|2026-11-26T11:43:19|NonZeroExitCode
-48|1|PREEMPTED|gpu2|0|0:58|15|2026-11-26T12:21:56|None
-52|3|PENDING||0|0:00|0|N/A|Nodes required for job are DOWN, DRAINED or | reserved
-53|4-9:2%2|PENDING||0|0:00|0|N/A|JobArrayTaskLimit
-1|N/A|RUNNING|cpu1|0|1-02:03:04|0|N/A|None
+12|0|CANCELLED|cpu1|0|2:07|15|N/A|aerie-1-0|None
+28|0|NODE_FAIL|cpu2|0|3:06|0|N/A|aerie-1-0|NodeDown
+33|0|COMPLETING|gpu1|1|0:00|0|N/A|aerie-1-0|None
+33|1|COMPLETED|gpu1|1|0:02|0|N/A|aerie-1-0|None
+42|1|FAILED|gpu2|0|0:03|13:0|N/A|aerie-1-0|NonZeroExitCode
+10|0|FAILED|gpu1|0|0:07|36608|2026-11-26T11:43:19|aerie-1-0|NonZeroExitCode
+48|1|PREEMPTED|gpu2|0|0:58|15|2026-11-26T12:21:56|aerie-1-0|None
+52|3|PENDING||0|0:00|0|N/A|aerie-1-0|Nodes required for job are DOWN, DRAINED or | reserved
+53|4-9:2%2|PENDING||0|0:00|0|N/A|aerie-1-0|JobArrayTaskLimit
+1|N/A|RUNNING|cpu1|0|1-02:03:04|0|N/A|aerie-1-0|None
 """
 ACCOUNTS = """\
-33_0|PREEMPTED|0:0|82|gpu1|2026-11-26T11:46:36
-33_0.batch|CANCELLED|0:9|90|gpu1|2026-11-26T11:46:36
-33_1|REQUEUED|0:0|0|gpu2|2026-11-26T11:46:36
-34_2|RUNNING|0:0|8|gpu1|2026-11-26T11:46:36
-34_2.batch|RUNNING|0:0|8|gpu1|2026-11-26T11:46:36
-34_[2-3%1]|PENDING|0:0|0|None assigned|2026-11-26T11:46:36
-33_1|COMPLETED|0:0|2|gpu1|2026-11-26T12:20:49
-33_0|COMPLETED|0:0|2|gpu1|2026-11-26T11:48:06
-12_1|CANCELLED by 1000|0:0|126|cpu1|2026-11-26T11:43:15
-55_0|FAILED|1:0|9|cpu1|2026-11-26T11:43:15
-55_0.batch|FAILED|1:0|9|cpu1|2026-11-26T11:43:15
-55_0.0|OUT_OF_MEMORY|0:125|8|cpu1|2026-11-26T11:43:15
+33_0|PREEMPTED|0:0|82|gpu1|2026-11-26T11:46:36|aerie-1-0
+33_0.batch|CANCELLED|0:9|90|gpu1|2026-11-26T11:46:36|aerie-1-0
+33_1|REQUEUED|0:0|0|gpu2|2026-11-26T11:46:36|aerie-1-0
+34_2|RUNNING|0:0|8|gpu1|2026-11-26T11:46:36|aerie-1-0
+34_2.batch|RUNNING|0:0|8|gpu1|2026-11-26T11:46:36|aerie-1-0
+34_[2-3%1]|PENDING|0:0|0|None assigned|2026-11-26T11:46:36|aerie-1-0
+33_1|COMPLETED|0:0|2|gpu1|2026-11-26T12:20:49|aerie-1-0
+33_0|COMPLETED|0:0|2|gpu1|2026-11-26T11:48:06|aerie-1-0
+12_1|CANCELLED by 1000|0:0|126|cpu1|2026-11-26T11:43:15|aerie-1-0
+55_0|FAILED|1:0|9|cpu1|2026-11-26T11:43:15|aerie-1-0
+55_0.batch|FAILED|1:0|9|cpu1|2026-11-26T11:43:15|aerie-1-0
+55_0.0|OUT_OF_MEMORY|0:125|8|cpu1|2026-11-26T11:43:15|aerie-1-0
 """
 DISABLED = "Slurm accounting storage is disabled"
 CONFIG = """\
@@ -89,8 +89,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
 def test_the_queue_is_read():
     found = slurm_module.parse_queue(QUEUE)
     assert found["12_0"] == Seen(
-        state="CANCELLED", is_in_queue=False, node="cpu1", restarts=0, elapsed_s=127, exit_code=-15
-    )
+        state="CANCELLED", is_in_queue=False, node="cpu1", restarts=0, elapsed_s=127, exit_code=-15,
+        name="aerie-1-0",
+    )  # fmt: skip
     assert found["33_0"].is_in_queue
     assert found["33_0"].restarts == 1
     assert not found["33_1"].is_in_queue
@@ -112,6 +113,7 @@ def test_accounts_are_read_start_by_start():
     assert [one.state for one in starts["34_3"]] == ["PENDING"]
     assert starts["12_1"][0].state == "CANCELLED"
     assert starts["12_1"][0].reason == "by uid 1000"
+    assert starts["12_1"][0].name == "aerie-1-0"
     assert starts["55_0"][0].state == "OUT_OF_MEMORY"
 
 
@@ -135,10 +137,10 @@ def test_one_squeue_asks_for_all_arrays_and_sacct_only_for_the_rest(commands):
 
 
 def test_accounts_that_are_late_do_not_undo_an_end(commands):
-    commands.answers["squeue"] = (0, "9|0|FAILED|cpu1|2|0:07|256|N/A|NonZeroExitCode\n", "")
-    commands.answers["sacct"] = (0, "9_0|RUNNING|0:0|7|cpu1|2026-11-26T11:43:15\n", "")
+    commands.answers["squeue"] = (0, "9|0|FAILED|cpu1|2|0:07|256|N/A|a|NonZeroExitCode\n", "")
+    commands.answers["sacct"] = (0, "9_0|RUNNING|0:0|7|cpu1|2026-11-26T11:43:15|a\n", "")
     assert slurm_module.queue(["9_0"])["9_0"].state == "FAILED"
-    commands.answers["sacct"] = (0, "9_0|CANCELLED by 7|0:0|7|cpu1|2026-11-26T11:43:15\n", "")
+    commands.answers["sacct"] = (0, "9_0|CANCELLED by 7|0:0|7|cpu1|2026-11-26T11:43:15|a\n", "")
     one = slurm_module.queue(["9_0"])["9_0"]
     assert (one.state, one.reason, one.restarts) == ("CANCELLED", "by uid 7", 2)
 
@@ -232,7 +234,7 @@ def test_a_job_is_described():
 
 
 def test_ten_thousand_jobs_are_read_in_a_second():
-    line = "7|{}|RUNNING|cpu1|0|2:07|0|N/A|None"
+    line = "7|{}|RUNNING|cpu1|0|2:07|0|N/A|a|None"
     text = "\n".join(line.format(index) for index in range(10_000))
     start = time.perf_counter()
     assert len(slurm_module.parse_queue(text)) == 10_000

@@ -166,6 +166,8 @@ def _settle(
                 open_jobs.append(JobView(made, array, index, TaskState.PLANNED))
             continue
         one = seen.get(f"{job_id}_{index}") or seen.get(job_id)
+        if one is not None and one.name not in ("", made.job_name(array)):
+            one = None  # of this number, and not ours
         if states.must_release(one, Memory(**looks.get(name, {}))):
             held.append(f"{job_id}_{index}")
         beat = beats.get((array, index))

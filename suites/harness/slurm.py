@@ -58,8 +58,8 @@ OVER = (INTERRUPTED, ENDED)
 
 # Names that Slurm 20.11 knows already. ":|" ends a field, and does not cut it to 20 characters.
 _QUEUE_FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|,TimeUsed:|,exit_code:|,"
-_QUEUE_FIELDS += "PreemptTime:|,Reason:"  # the reason last: it may be any text
-_ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Submit"  # no Restarts before 23.02
+_QUEUE_FIELDS += "PreemptTime:|,Name:|,Reason:"  # the reason last: it may be any text
+_ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Submit,JobName"  # Restarts from 23.02
 _FOREIGN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SACCTMGR_", "SLURM_", "SBATCH_", "LC_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
@@ -80,6 +80,7 @@ class Seen:
     elapsed_s: float | None = None
     exit_code: int | None = None  # of an ended job; negative: a signal
     is_preempted: bool = False  # it has been told to make room
+    name: str = ""  # another cluster, or one that was set up anew, gives the same numbers again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,10 +271,10 @@ def limits(
 def parse_queue(text: str) -> dict[str, Seen]:
     found = {}
     for line in text.splitlines():
-        fields = line.split("|", 8)
-        if len(fields) < 9:  # a warning, or a line that names a cluster
+        fields = line.split("|", 9)
+        if len(fields) < 10:  # a warning, or a line that names a cluster
             continue
-        array, tasks, state, node, restarts, elapsed, code, preempted, reason = (
+        array, tasks, state, node, restarts, elapsed, code, preempted, name, reason = (
             text.strip() for text in fields
         )
         state, is_over = _word(state), kind(_word(state)) in OVER
@@ -286,6 +287,7 @@ def parse_queue(text: str) -> dict[str, Seen]:
             elapsed_s=seconds(elapsed),
             exit_code=_exit_code(code) if is_over else None,
             is_preempted=_is_time(preempted),
+            name=name,
         )
         for task in _tasks(tasks):
             found[f"{array}_{task}" if task else array] = one
@@ -298,10 +300,10 @@ def parse_accounts(text: str) -> dict[str, list[Seen]]:
     waiting: dict[str, Seen] = {}
     for line in text.splitlines():
         fields = line.split("|")
-        if len(fields) < 6:
+        if len(fields) < 7:
             continue
-        name, state, code, elapsed, node, submitted = fields[:6]
-        job, _, step = name.partition(".")
+        number, state, code, elapsed, node, submitted, name = fields[:7]
+        job, _, step = number.partition(".")
         if step:
             _take_step(starts.get(job), _word(state))
             continue
@@ -312,6 +314,7 @@ def parse_accounts(text: str) -> dict[str, list[Seen]]:
             node=_text(node),
             elapsed_s=_int(elapsed),
             exit_code=_exit_code(code) if kind(_word(state)) in OVER else None,
+            name=name,
         )
         if "[" in job:  # those of an array that have not started; also some that have, for a while
             array, _, tasks = job.partition("_")
