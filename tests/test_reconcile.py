@@ -1,6 +1,7 @@
 """What is settled, and what stays open: other machines, silence, and jobs that are not ours."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from stub_suite import stub_run
 from suites import jobs
 from suites.harness import claims, launch, plan, provenance, reconcile, slurm, submission
 from suites.harness.cluster import Cluster
-from suites.harness.execute import Task, new_attempt
+from suites.harness.execute import Task, began, new_attempt
 from suites.harness.pack import Job
 from suites.harness.record import read_all, record_path, write_atomically
 from suites.harness.run import Run
@@ -219,3 +220,24 @@ def test_a_job_of_our_number_and_another_name_is_not_ours(stub, schedulers):
     made.beat_path(0, 0).write_text(json.dumps({"at": time.time() + 60}))  # it lives
     assert states_of(stub) == ["running"]
     assert not list(read_all(stub))
+
+
+def test_a_killed_attempt_has_its_own_time_and_the_end_of_its_own_job(stub, schedulers):
+    made = submit(stub, "slurm", job_id="7")
+    (item,) = made.runs(0, 0)
+    phase = {"phase": "measure", "times": {"init": 2.0}}
+    for job in ("7_0", None):  # of this job, and of a process that died here before
+        task = begin(stub, item.run, job=job, pid=2**22 + 1)
+        path = task.with_name(task.name.replace(".task-", ".phase-"))
+        path.write_text(json.dumps(phase))
+        os.utime(path, 2 * (time.time() + 10,))
+    end = Seen(state="TIMEOUT", is_in_queue=False, name=made.job_name(0))
+    schedulers["slurm"].jobs = {"7_0": end}
+    assert states_of(stub) == []
+    ours, other = read_all(stub)
+    assert (ours.outcome, other.outcome) == ("timed_out", "node_failure")
+    for record in (ours, other):
+        assert record.seconds == pytest.approx(10, abs=3)
+        assert sum(record.times.values()) == pytest.approx(record.seconds)
+        assert record.times["init"] == 2.0
+        assert began(record.attempt).isoformat(timespec="seconds") == record.started_at

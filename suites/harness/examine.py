@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import Any
+
+from suites.harness.record import write_atomically
 
 ASKED, REPORT = "asked.json", "node.json"
 HERE, THERE, ENOUGH = "here-", "there-", "enough"  # files of the login node, of the node, the end
@@ -75,13 +76,8 @@ def main(folder: Path) -> None:
 
 
 def publish(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all, as records are written."""
-    draft = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    """As records are written."""
+    write_atomically(path, json.dumps(values))
 
 
 def answer(folder: Path) -> None:

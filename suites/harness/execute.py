@@ -44,6 +44,7 @@ _STARVED = re.compile(
     re.IGNORECASE,
 )
 GOES_ON = ("preempted", "failed")  # ends after which a run is run again, from its checkpoint
+_STAMP = "%Y%m%dT%H%M%S%f"  # an attempt's name begins with it
 NEAR_LIMIT = 0.9  # of the memory allowed: a process that dies here died of memory
 
 
@@ -85,8 +86,12 @@ class Task:
 
 def new_attempt() -> str:
     """Sorts by time; unique over hosts and processes."""
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    now = datetime.now(UTC).strftime(_STAMP)
     return f"{now}-{provenance.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+def began(attempt: str) -> datetime:
+    return datetime.strptime(attempt.partition("-")[0], _STAMP).replace(tzinfo=UTC)
 
 
 def utc_now() -> str:

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from suites.harness import claims, launch, plan, provenance, slurm, states, submission
-from suites.harness.execute import Task, last_phase, new_attempt, phase_path, utc_now
+from suites.harness.execute import (
+    Task,
+    began,
+    last_phase,
+    new_attempt,
+    phase_path,
+    times_of_killed,
+    utc_now,
+)
 from suites.harness.plan import Planned
 from suites.harness.record import Record, record_path, write
 from suites.harness.slurm import Seen, Unreachable
@@ -21,6 +29,7 @@ from suites.harness.submission import Submission
 from suites.harness.sweep import block_claim, units
 
 ORPHAN_S = 600.0  # from a submitter's last sign of life, until what it left is given up
+GONE = ("node_failure", "its process is gone, and the cause is not known")
 SBATCH_S = 120.0  # the same where it is known to be dead, and its sbatch may still talk
 
 
@@ -84,7 +93,7 @@ def close_our_own(store: Path, run_ids: Iterable[str]) -> None:
         if task in ours:
             _write(store, task, *states.verdict(earlier))
         elif not claims.is_alive(task.owner):  # of a process of its own on this machine
-            _write(store, task, *states.verdict(None))
+            _write(store, task, *GONE)
 
 
 def write_unsupported(store: Path, item: Planned, reason: str) -> None:
@@ -233,9 +242,11 @@ def _close(
     for item in given:
         run_id, has_begun = item.run.run_id, False
         for task in open_attempts(made.store, run_id):
-            if task.owner.get("job") == key or not claims.is_alive(task.owner):
+            is_ours = task.owner.get("job") == key
+            if is_ours or not claims.is_alive(task.owner):
                 has_begun = True
-                _write(made.store, task, *states.verdict(one, limit_s=limit_s))
+                end = states.verdict(one, limit_s=limit_s) if is_ours else GONE
+                _write(made.store, task, *end)
         _give_back(made.store, run_id, key)
         outcome, reason = states.verdict(one, has_begun=False, limit_s=limit_s)
         has_failed = outcome is not None and (one is None or one.state != "COMPLETED")
@@ -288,17 +299,22 @@ def _never_began(
 
 
 def _write(store: Path, task: Task, outcome: str, reason: str) -> None:
+    """The record of an attempt that was killed, up to its last sign of life."""
+    start, path, seconds = began(task.attempt), phase_path(store, task), 0.0
+    with suppress(FileNotFoundError):  # it had said nothing yet
+        seconds = max(path.stat().st_mtime - start.timestamp(), 0.0)
     record = task.record(
         outcome,
         reason=reason,
         phase=last_phase(store, task),
         provenance={"device_kind": task.run.device_kind, **task.owner},
-        started_at=utc_now(),
-        seconds=0.0,
+        started_at=start.isoformat(timespec="seconds"),
+        seconds=seconds,
+        times=times_of_killed(store, task, seconds),
     )
     _write_once(store, record)
     record_path(store, task.run.run_id, f".task-{task.attempt}").unlink(missing_ok=True)
-    phase_path(store, task).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _write_once(store: Path, record: Record) -> None:

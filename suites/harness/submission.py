@@ -8,7 +8,8 @@ STORE/submissions/ID/
   beats/A_K.json      a job that runs: where, since when, its last sign of life
   seen.json           what reconcile.py remembers between two looks; may be deleted
   logs/               of the jobs; a run's own log lies beside its records
-Every file has one writer, and is written whole or not at all.
+submission.json makes what was written before it count. Files that change are replaced whole;
+seen.json, and arrays/A.json where a submitter was killed, by whoever looks.
 """
 
 import getpass
