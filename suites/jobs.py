@@ -103,15 +103,22 @@ def retry(
         clusters, wanted = {}, []
         for run_id, (item, cluster) in found.items():
             records = plan.attempts(store, run_id)
-            last = records[-1]["outcome"] if records else None
-            is_asked = last in reasons if reasons else last is not None
-            if run_id in active or not is_asked or any(map(plan.is_finished, records)):
+            # An earlier result is no reason not to repeat what was asked for since.
+            ends = [r for r in records if r["attempt"] not in item.attempts] or records
+            if run_id in active or not _is_to_repeat(ends, reasons):
                 continue
             clusters.setdefault(cluster.name, cluster)
             wanted.append(replace(item, attempts=tuple(r["attempt"] for r in records)))
         bill = _bill(store, wanted, [], clusters.values(), view, ignores_budgets=True)
     command = " ".join(["aerie retry", *(f"--reason {reason}" for reason in reasons)])
     return _submit(store, bill, "retry", command, dry_run=dry_run, as_json=as_json)
+
+
+def _is_to_repeat(ends: list[dict[str, Any]], reasons: tuple[str, ...]) -> bool:
+    """Whether a run that ended so left no result, or one that a reason names."""
+    if not ends or any(record["outcome"] == "completed" for record in ends):
+        return False
+    return ends[-1]["outcome"] in reasons if reasons else not any(map(plan.is_finished, ends))
 
 
 def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool = False) -> int:

@@ -105,7 +105,7 @@ def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
     ]
     outcomes: dict[str, Counter] = {}
     for end in ends.values():
-        outcomes.setdefault(end.suite, Counter())[end.counted] += 1
+        outcomes.setdefault(end.suite, Counter())[end.counted()] += 1
     for run_id, suite in (wanted or {}).items():
         if run_id not in ends:
             outcomes.setdefault(suite, Counter())["new"] += 1
@@ -131,7 +131,7 @@ def _progress(
                     end.outcomes if end else (),
                     state_of.get(run_id),
                     is_claimed=run_id in claimed,
-                    num_before=sum(one < made.stamp for one in end.attempts) if end else 0,
+                    num_before=end.num_before(made.stamp) if end else 0,
                 )
                 found.counts[state] += 1
     found.reasons = Counter(
@@ -208,10 +208,11 @@ def wait(
         if not left or is_over:
             break
         time.sleep(every_s)
-    run_ids = {run_id for one in made for ids in one.run_ids_of.values() for run_id in ids}
-    ends = plan.ends(store, run_ids)
-    outcomes = Counter(end.counted for end in ends.values())
-    if missing := len(run_ids) - len(ends):
+    made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
+    since = {run: one.stamp for one in made for ids in one.run_ids_of.values() for run in ids}
+    ends = plan.ends(store, since)
+    outcomes = Counter(end.counted(since[run_id]) for run_id, end in ends.items())
+    if missing := len(since) - len(ends):
         outcomes["left"] = missing
     if as_json:
         display.print_json({"is_over_time": bool(left), "outcomes": dict(outcomes)})

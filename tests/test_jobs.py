@@ -11,7 +11,11 @@ import pandas as pd
 import pytest
 from slurm_shims import OVER_SUBMIT_LIMIT, UNREACHABLE, Answer, SlurmShims
 
+from suites import compose
 from suites.__main__ import main
+from suites.harness import plan, provenance, submission
+from suites.harness.execute import Task
+from suites.harness.record import write
 
 ONE = ("suite=training_speed", "family=hawk", "backend=torch", "suite.rounds=2",
        "suite.seq_lens=[16]", "suite.repeats=1", "suite.tokens_per_step=64")  # fmt: skip
@@ -31,6 +35,21 @@ def shims(tmp_path, monkeypatch):
         made.answers(command, Answer(stdout=""))
     monkeypatch.setenv("PATH", made.path)
     return made
+
+
+def leave(store, run, outcome, attempt, build):
+    """A record as a run would leave it."""
+    facts = {"versions": provenance.versions(), "device_name": provenance.cpu_model()}
+    task = Task(run=run, build=build, attempt=attempt, parent_pid=0)
+    write(store, task.record(outcome, provenance=facts, started_at="", seconds=1.0))
+
+
+def end(made, outcome):
+    """As if the jobs of a submission had ended, and all their runs so."""
+    for array, index in made.places():
+        for item in made.runs(array, index):
+            leave(made.store, item.run, outcome, f"{made.stamp}999999", item.build)
+    made.remember({"is_settled": True})
 
 
 @pytest.fixture
@@ -84,6 +103,35 @@ def test_submitting_twice_submits_once(aerie, shims, tmp_path):
     assert one["runs"] == {"queued": 3}
     assert one["waiting_for"] == {"Priority": 2}
     assert shims.num_calls() == 1  # one question for all
+
+
+def test_a_rerun_is_judged_by_its_own_ends(aerie, shims, tmp_path):
+    store = tmp_path / "raw"
+    options = ("--results", store, "--json")
+    for settings in compose.read(ONE).settings:
+        for run in plan.expand(settings):
+            leave(store, run, "completed", "20200101T000000", "an.older")
+    told = json.loads(aerie("submit", *ONE, *CLUSTER, "--rerun-stale", *options)[1])
+    assert told["num_runs"] == 3
+    row = "77|{}|PENDING||0|0:00|0|N/A|Priority\n"
+    shims.answers("squeue", Answer(stdout=row.format("0") + row.format("1")))
+    (one,) = json.loads(aerie("status", *options)[1])["submissions"]
+    assert one["runs"] == {"queued": 3}
+    end(submission.find(store, told["submission"]), "failed")
+    code, out, _ = aerie("wait", *options)
+    assert (code, json.loads(out)["outcomes"]) == (1, {"failed": 3})
+    told = json.loads(aerie("submit", *ONE, *CLUSTER, "--rerun-stale", *options)[1])
+    assert (told["num_runs"], told["given_up"]) == (0, {"failed": 3})
+    told = json.loads(aerie("retry", "--reason", "failed", *options)[1])
+    assert told["num_runs"] == 3
+    end(submission.find(store, told["submission"]), "out_of_memory")
+    assert json.loads(aerie("retry", "--dry-run", *options)[1])["num_runs"] == 0  # a result
+    told = json.loads(aerie("retry", "--reason", "out_of_memory", *options)[1])
+    assert told["num_runs"] == 3
+    end(submission.find(store, told["submission"]), "completed")
+    assert aerie("wait", *options)[0] == 0
+    told = json.loads(aerie("retry", "--reason", "completed", "--dry-run", *options)[1])
+    assert told["num_runs"] == 0
 
 
 def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):

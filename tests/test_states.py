@@ -232,6 +232,16 @@ def test_the_state_of_a_run():
     assert state(["preempted", "completed"], task.LOST, is_claimed=True) == "completed"
 
 
+def test_an_earlier_result_is_not_the_state_of_a_run_that_is_submitted_again():
+    state, task, again = states.run_state, TaskState, {"is_claimed": False, "num_before": 1}
+    assert state(["completed"], task.QUEUED, **again) == "queued"
+    assert state(["completed"], task.RUNNING, is_claimed=True, num_before=1) == "running"
+    assert state(["completed", "preempted"], task.QUEUED, **again) == "to_retry"
+    assert state(["completed", "failed"], task.RUNNING, **again) == "failed"
+    assert state(["completed", "failed"], None, **again) == "failed"
+    assert state(["completed"], None, **again) == "completed"
+
+
 # Random histories: what Slurm may say of a job with three runs, at irregular times.
 WORDS = st.one_of(
     st.sampled_from([*slurm.STATES, "NEW_WORD"]).map(seen),

@@ -208,7 +208,18 @@ class Ends:
     suite: str
     attempts: tuple[str, ...]
     outcomes: tuple[str, ...]
-    counted: str  # of the last finished attempt, else of the last
+    are_finished: tuple[bool, ...]
+
+    def num_before(self, stamp: str) -> int:
+        """How many attempts were there when a submission of this stamp was made."""
+        return sum(attempt < stamp for attempt in self.attempts)
+
+    def counted(self, stamp: str = "") -> str:
+        """Of the last finished attempt, else of the last; of those since `stamp` if there are."""
+        first = self.num_before(stamp)
+        first = first if first < len(self.attempts) else 0
+        ends = list(zip(self.outcomes, self.are_finished, strict=True))[first:]
+        return next((end for end, is_result in reversed(ends) if is_result), ends[-1][0])
 
 
 def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
@@ -217,13 +228,11 @@ def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
     found = {}
     for name in names:
         if records := attempts(store, name):
-            finished = [record for record in records if is_finished(record)]
-            counted = (finished or records)[-1]
             found[name] = Ends(
-                suite=counted["run"]["suite"],
+                suite=records[-1]["run"]["suite"],
                 attempts=tuple(record["attempt"] for record in records),
                 outcomes=tuple(record["outcome"] for record in records),
-                counted=counted["outcome"],
+                are_finished=tuple(map(is_finished, records)),
             )
     return found
 

@@ -247,18 +247,21 @@ def run_state(
     """The state of one run: its outcome, or planned, queued, running, stopping, lost, to_retry (it
     goes again), given_up (its retries are used up).
 
-    `outcomes` are the ends of its attempts with this build, oldest first, of which `num_before`
-    were there when the job `task` was made; no job is None.
+    `outcomes` are the ends of its attempts, oldest first, of which `num_before` were there when it
+    was submitted; `task` is where its job is, None where that is settled. What was there before
+    counts only where the submission is over and has left no end.
     """
+    outcomes, before = outcomes[num_before:], outcomes[:num_before]
+    if task is None:
+        outcomes = outcomes or before
     if finished := next((end for end in reversed(outcomes) if end in FINISHED), None):
         return finished
-    here = outcomes[num_before:]
     is_open = task is not None and task not in OVER
     if is_claimed and task is not None:
         if task in OVER:
             return "lost" if task == TaskState.LOST else "stopping"  # its record is on its way
         return "running" if task == TaskState.RUNNING else "stopping"
-    if is_open and not here:
+    if is_open and not outcomes:
         return "planned" if task == TaskState.PLANNED else "queued"
     if not outcomes:
         return "lost" if task == TaskState.LOST else "planned"
