@@ -29,6 +29,7 @@ from suites.harness.plan import Planned
 from suites.harness.record import OUTCOMES
 from suites.harness.run import Run
 from suites.harness.submission import Submission
+from suites.harness.sweep import units
 
 
 @dataclass
@@ -71,8 +72,9 @@ def submit(
         runs = [run for settings in request.settings for run in plan.expand(settings)]
         commands.data_configs(request.settings)
         python = _interpreters(clusters)
-        planned = plan.plan(store, runs, python)
         view = reconcile.reconcile(store)
+        planned = plan.plan(store, runs, python)
+        planned = plan.whole(store, planned, _interrupted(store, planned))
         todo = commands.todo(planned, rerun_stale, verify_frontier)
         ahead = gate.ahead(store, planned, todo, python)
         wanted = [*(item for item in ahead if item.is_pending), *todo]
@@ -100,15 +102,26 @@ def retry(
             for array, index in made.places():
                 for item in made.runs(array, index):
                     found[item.run.run_id] = (item, made.cluster(array))
-        clusters, wanted = {}, []
-        for run_id, (item, cluster) in found.items():
+        known = []
+        for run_id, (item, _) in found.items():
             records = plan.attempts(store, run_id)
             # An earlier result is no reason not to repeat what was asked for since.
             ends = [r for r in records if r["attempt"] not in item.attempts] or records
-            if run_id in active or not _is_to_repeat(ends, reasons):
-                continue
-            clusters.setdefault(cluster.name, cluster)
-            wanted.append(replace(item, attempts=tuple(r["attempt"] for r in records)))
+            outcomes = [record["outcome"] for record in ends]
+            is_asked = run_id not in active and _is_to_repeat(ends, reasons)
+            if is_asked or states.may_retry(outcomes)[0] or any(map(plan.is_finished, ends)):
+                known.append(
+                    replace(
+                        item,
+                        is_pending=is_asked,
+                        is_stale=False,
+                        reason=outcomes[-1] if outcomes else plan.NEW,
+                        attempts=tuple(record["attempt"] for record in records),
+                    )
+                )
+        known = plan.whole(store, known, _interrupted(store, known))
+        wanted = [item for item in known if item.is_pending]
+        clusters = {c.name: c for _, c in (found[item.run.run_id] for item in wanted)}
         bill = _bill(store, wanted, [], clusters.values(), view, ignores_budgets=True)
     command = " ".join(["aerie retry", *(f"--reason {reason}" for reason in reasons)])
     return _submit(store, bill, "retry", command, dry_run=dry_run, as_json=as_json)
@@ -202,6 +215,9 @@ def _bill(
             given_up[outcome] += 1
         else:
             runs.append(item)
+    # Of a block of which all that is missing is given up, the rest is not measured again.
+    lacking = {item.block for item in runs if item.reason != plan.WITH_ITS_BLOCK}
+    runs = [i for i in runs if i.reason != plan.WITH_ITS_BLOCK or i.block in lacking]
     for name, members in pack.place(runs, [known[n] for n in placed]).items():
         placed[name] += members
     history, room = History.of(store), _Room()
@@ -256,6 +272,24 @@ def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster
         for run_id, (item, cluster) in found.items()
         if run_id not in active and len(plan.attempts(store, run_id)) == len(item.attempts)
     ]
+
+
+def _interrupted(store: Path, planned: list[Planned]) -> set[str]:
+    """Blocks of pending runs that a job was sent to measure, and began, and did not end: where it
+    died between two runs, no record says so."""
+    pending = {item.run.run_id for item in planned if item.is_pending and item.block is not None}
+    found = set()
+    for made in submission.read(store) if pending else ():
+        for (array, index), run_ids in made.run_ids_of.items():
+            for unit in units(made.runs(array, index) if pending & {*run_ids} else []):
+                begun = [
+                    any(r["block"] and r["attempt"] not in item.attempts for r in records)
+                    for item in unit
+                    for records in [plan.attempts(store, item.run.run_id)]
+                ]
+                if any(begun) and not all(begun):
+                    found.add(unit[0].block)
+    return found
 
 
 def _given_up(store: Path, item: Planned) -> str | None:

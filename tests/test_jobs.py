@@ -37,10 +37,10 @@ def shims(tmp_path, monkeypatch):
     return made
 
 
-def leave(store, run, outcome, attempt, build):
+def leave(store, run, outcome, attempt, build, block=None):
     """A record as a run would leave it."""
     facts = {"versions": provenance.versions(), "device_name": provenance.cpu_model()}
-    task = Task(run=run, build=build, attempt=attempt, parent_pid=0)
+    task = Task(run=run, build=build, attempt=attempt, parent_pid=0, block=block)
     write(store, task.record(outcome, provenance=facts, started_at="", seconds=1.0))
 
 
@@ -132,6 +132,27 @@ def test_a_rerun_is_judged_by_its_own_ends(aerie, shims, tmp_path):
     assert aerie("wait", *options)[0] == 0
     told = json.loads(aerie("retry", "--reason", "completed", "--dry-run", *options)[1])
     assert told["num_runs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "num_submitted", "num_retried"),
+    [(None, 2, 0), ("preempted", 2, 2), ("cancelled", 0, 2), ("failed", 0, 1)],
+)
+def test_a_block_is_sent_again_whole(aerie, shims, tmp_path, second, num_submitted, num_retried):
+    """Of two rounds the first was measured; the job died between them, or in the second."""
+    options = ("--results", tmp_path / "raw", "--json")
+    told = json.loads(aerie("submit", *ONE, *CLUSTER, *options)[1])
+    made = submission.find(tmp_path / "raw", told["submission"])
+    (proxy,), (first, last) = sorted((made.runs(*place) for place in made.places()), key=len)
+    leave(made.store, proxy.run, "completed", f"{made.stamp}1", proxy.build)
+    leave(made.store, first.run, "completed", f"{made.stamp}1", first.build, "b-1")
+    if second is not None:
+        leave(made.store, last.run, second, f"{made.stamp}2", last.build, "b-1")
+    made.remember({"is_settled": True})
+    dry = ("--dry-run", *options)
+    told = json.loads(aerie("submit", *ONE, *CLUSTER, *dry)[1])
+    assert told["num_runs"] == num_submitted
+    assert json.loads(aerie("retry", *dry)[1])["num_runs"] == num_retried
 
 
 def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):

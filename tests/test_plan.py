@@ -183,6 +183,49 @@ def test_the_store_says_why_a_run_would_run(tmp_path):
     assert after("cancelled", "g") == ("finished", False)
 
 
+@pytest.fixture
+def block(tmp_path):
+    """Six runs of a block; what is pending after some of their attempts, as (number, outcome)."""
+    runs = runs_of("suite=training_speed", "suite.seq_lens=[256]", "family=hawk,griffin",
+                   "backend=jax", "suite.rounds=3")  # fmt: skip
+    items = plan.plan(tmp_path, runs)
+    counter = itertools.count()
+    facts = {"versions": provenance.versions(), "device_name": provenance.cpu_model()}
+
+    def after(session, *ends, build=None):
+        for number, outcome in ends:
+            item = items[number]
+            task = Task(run=item.run, build=build or item.build, attempt=f"{next(counter):03}",
+                        parent_pid=0, block=f"{item.block}-{session}", order=number)  # fmt: skip
+            write(tmp_path, task.record(outcome, provenance=facts, started_at="", seconds=1.0))
+        planned = plan.plan(tmp_path, [item.run for item in items])
+        return [n for n, item in enumerate(planned) if item.is_pending or item.is_stale]
+
+    return after
+
+
+def done(*numbers):
+    return [(number, "completed") for number in numbers]
+
+
+@pytest.mark.parametrize("outcome", ["preempted", "node_failure", "timed_out", "cancelled"])
+def test_a_block_whose_sweep_was_interrupted_is_measured_whole(block, outcome):
+    assert block("s1", *done(0, 1, 2), (3, outcome)) == [0, 1, 2, 3, 4, 5]
+    assert block("s2", *done(0), (1, outcome)) == [0, 1, 2, 3, 4, 5]
+    assert block("s3", *done(0, 1, 2, 3, 4, 5)) == []
+
+
+def test_a_rerun_of_a_stale_block_that_is_interrupted_is_stale_as_a_whole(block):
+    assert block("s1", *done(0, 1, 2, 3, 4, 5), build="an.older") == [0, 1, 2, 3, 4, 5]
+    assert block("s2", *done(0), (1, "preempted")) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_fails_or_is_new_leaves_the_rest_of_its_block(block):
+    assert block("s1", *done(0, 2, 3)) == [1, 4, 5]  # of families that were added
+    assert block("s2", *done(1), (4, "timed_out"), *done(5)) == [4]  # alone, its sweep went on
+    assert block("s3", (4, "failed")) == [4]
+
+
 def test_a_tpu_is_known_by_its_kind():
     """What it calls itself is not what was asked for, and is no reason to measure again."""
     run = runs_of("suite.rounds=1", "device_kind=v5e", "backend=jax")[0]

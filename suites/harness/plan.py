@@ -22,7 +22,8 @@ from suites.harness.run import DataConfig, Run, Suite, Workload
 # Ends that are results: such a run is not run again while its build is current.
 FINISHED = ("completed", "unsupported", "out_of_memory", "out_of_memory_predicted", "diverged")
 NEW, FINISHED_REASON = "new", "finished"
-INTERRUPTED = ("preempted", "node_failure")  # ends that are no fault of the run
+CUT_OFF = ("preempted", "node_failure", "timed_out", "cancelled")  # ends that may end a sweep
+WITH_ITS_BLOCK = "its block was interrupted"
 CONTEXT = 4096  # of the cache that is shown for runs that decode nothing
 
 
@@ -159,16 +160,13 @@ def plan(
 ) -> list[Planned]:
     """What each run would cost, and what the store already says of it. `python` names the
     interpreter that will run it, where it is not ours."""
-    made, sweeps, interrupted = [], {}, set()
+    made = []
     for run, block, order in arrange(runs):
         records = attempts(store, run.run_id)
         found = provenance.versions(python(run))
         device = provenance.device_name(run.device_kind)
         key = provenance.build_key(run.suite, run.backend, device, found)
         reason, is_pending, counted = judge(records, run, device, found)
-        if is_pending and records and records[-1]["outcome"] in INTERRUPTED:
-            interrupted.add(records[-1]["block"])
-        sweeps[run.run_id] = counted["block"] if counted else None
         made.append(
             Planned(
                 run=run,
@@ -183,16 +181,39 @@ def plan(
                 attempts=tuple(record["attempt"] for record in records),
             )
         )
-    interrupted.discard(None)
-    return [_with_its_block(item, sweeps[item.run.run_id] in interrupted) for item in made]
+    return whole(store, made)
 
 
-def _with_its_block(item: Planned, is_interrupted: bool) -> Planned:
-    """Runs whose sweep ended before their block was through are measured again, with the rest of
-    it: results of two sweeps are not compared."""
-    if not is_interrupted or item.is_pending or item.is_stale:
-        return item
-    return replace(item, is_pending=True, reason="its block was interrupted")
+def whole(store: Path, planned: list[Planned], interrupted: Collection[str] = ()) -> list[Planned]:
+    """The same runs; those of a block whose last sweep was interrupted are pending (or stale) with
+    the others of it: results of two sweeps are not compared. Some `interrupted` blocks are known
+    otherwise. What is new in a block leaves what was measured in a sweep that went through."""
+    blocks: dict[str, list[Planned]] = {}
+    for item in planned:
+        if item.block is not None:
+            blocks.setdefault(item.block, []).append(item)
+    changed = {}
+    for block, members in blocks.items():
+        is_pending = any(item.is_pending for item in members)
+        is_lacking = is_pending or any(item.is_stale for item in members)
+        if is_lacking and (block in interrupted or _was_interrupted(store, members)):
+            for item in members:
+                if not item.is_pending and not item.is_stale:
+                    changed[item.run.run_id] = replace(
+                        item, is_pending=is_pending, is_stale=not is_pending, reason=WITH_ITS_BLOCK
+                    )
+    return [changed.get(item.run.run_id, item) for item in planned]
+
+
+def _was_interrupted(store: Path, members: list[Planned]) -> bool:
+    """Whether the last that was measured of a block was cut off."""
+    ends = [
+        (record["attempt"], record["outcome"])
+        for item in members
+        for record in attempts(store, item.run.run_id)
+        if record["block"] is not None
+    ]
+    return bool(ends) and max(ends)[1] in CUT_OFF
 
 
 def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
