@@ -3,6 +3,7 @@
 What is shown of jobs that run is in suites/watching.py.
 """
 
+import getpass
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -135,22 +136,28 @@ def _is_to_repeat(ends: list[dict[str, Any]], reasons: tuple[str, ...]) -> bool:
 
 
 def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool = False) -> int:
-    """Takes jobs out of the queue and stops those that run; their runs end as cancelled."""
+    """Takes jobs out of the queue and stops those that run; their runs end as cancelled. What did
+    not get into the queue is withdrawn, of submissions that have ended too."""
     with one_line():
         commands.need_submissions(store)
         if not names and not all_:
             raise ValueError("name the submissions to cancel, or say --all.")
         made = submission.read(store) if all_ else [submission.find(store, n) for n in names]
+        user = getpass.getuser()
         reconcile.reconcile(store)
         stopped, elsewhere = [], []
         for one in made:
-            if one.memory().get("is_settled"):
+            is_settled = one.memory().get("is_settled")
+            if is_settled and (one.user != user or one.is_cancelled or not _unqueued(one)):
                 continue
+            if one.user == user:
+                one.cancel()
             for array in one.arrays:
-                if job_id := one.job_id(array.number):
+                job_id = one.job_id(array.number)
+                if job_id is not None and not is_settled:
                     launch.launcher(one.cluster(array.number).executor).cancel([job_id])
             is_elsewhere = any(one.is_elsewhere(array.number) for array in one.arrays)
-            (elsewhere if is_elsewhere else stopped).append(one)
+            (elsewhere if is_elsewhere and not is_settled else stopped).append(one)
     ids = [one.id for one in stopped]
     if as_json:
         display.print_json({"cancelled": ids})
@@ -256,22 +263,29 @@ class _Room:
 
 
 def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster]]:
-    """Runs of earlier submissions that never got into a queue, and have no record since."""
-    found, active = {}, view.active_run_ids()
+    """Runs of this user's earlier submissions that never got into a queue, and have no record
+    since."""
+    found, active, user = {}, view.active_run_ids(), getpass.getuser()
     for made in submission.read(store):
-        refused = [
-            (item, made.cluster(array))
-            for array, index in made.places()
-            if made.refusal(array)
-            for item in made.runs(array, index)
-        ]
-        for item, cluster in [*refused, *made.left()]:
-            found[item.run.run_id] = (item, cluster)
+        for item, cluster in _unqueued(made) if made.user == user else ():
+            found[item.run.run_id] = None if made.is_cancelled else (item, cluster)
     return [
         (item, cluster)
-        for run_id, (item, cluster) in found.items()
-        if run_id not in active and len(plan.attempts(store, run_id)) == len(item.attempts)
+        for item, cluster in filter(None, found.values())
+        if item.run.run_id not in active
+        and len(plan.attempts(store, item.run.run_id)) == len(item.attempts)
     ]
+
+
+def _unqueued(made: Submission) -> list[tuple[Planned, Cluster]]:
+    """What was refused of a submission, and what did not fit in the queue."""
+    refused = [
+        (item, made.cluster(array))
+        for array, index in made.places()
+        if made.refusal(array)
+        for item in made.runs(array, index)
+    ]
+    return [*refused, *made.left()]
 
 
 def _interrupted(store: Path, planned: list[Planned]) -> set[str]:

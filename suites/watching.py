@@ -282,6 +282,13 @@ def _page(seen: Look, store: Path) -> Group:
         rows = [_row(one, columns) for one in seen.submissions]
         header = ["submission", "title", "cluster", "user", *columns, "time left", "waits for"]
         parts.append(display.table(header, rows))
+        parts += [
+            Text(
+                f"{one.made.id}: {display.count(one.made.num_left, 'run')} did not fit in the queue"
+            )
+            for one in seen.submissions
+            if one.made.num_left and not one.made.is_cancelled
+        ]
     if seen.running:
         rows = [_running_row(one) for one in seen.running[:MAX_ROWS]]
         parts.append(display.table(["run", "node", "job", "phase", "done", "since"], rows))

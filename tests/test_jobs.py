@@ -181,6 +181,34 @@ def test_a_queue_that_is_nearly_full_takes_what_it_can(aerie, shims, tmp_path):
     assert told["num_left"] + told["num_runs"] == 9
 
 
+def test_what_was_left_over_is_withdrawn_by_cancel_and_goes_with_its_user(
+    aerie, shims, tmp_path, monkeypatch
+):
+    store = ("--results", tmp_path / "raw")
+    full = "cluster.max_submit=1"  # for the proxy alone
+    first = json.loads(aerie("submit", *ONE, *CLUSTER, full, *store, "--json")[1])
+    left = first["num_left"]
+    assert left > 0
+    assert (
+        f"{first['submission']}: {left} runs did not fit in the queue" in aerie("status", *store)[1]
+    )
+    end(submission.find(tmp_path / "raw", first["submission"]), "completed")
+    other = ("submit", "suite=parity", "size=tiny", "family=mqa", "backend=torch", *CLUSTER,
+             *store, "--dry-run", "--json")  # fmt: skip
+
+    def num_sent():
+        return json.loads(aerie(*other)[1])["num_runs"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("getpass.getuser", lambda: "another")
+        own = num_sent()
+        assert json.loads(aerie("cancel", "--all", *store, "--json")[1])["cancelled"] == []
+    assert num_sent() == own + left
+    assert first["submission"] in aerie("cancel", first["submission"], *store)[1]
+    assert num_sent() == own
+    assert "nothing" in aerie("cancel", "--all", *store)[1]
+
+
 def test_a_point_that_fits_nowhere_is_a_record(aerie, shims, tmp_path):
     store = tmp_path / "raw"
     code, out, _ = aerie("submit", *ONE[:3], "suite.rounds=1", "device_kind=v5e",

@@ -2,7 +2,8 @@
 
 STORE/submissions/ID/
   submission.json     the intent, written before anything is submitted: clusters, arrays, their jobs
-  left.json           runs that did not fit in the queue: they go with the next submission
+  left.json           runs that did not fit in the queue: they go with the user's next submission
+  cancelled.json      who withdrew it: nothing of it goes with the next submission any more
   jobs/A_K.json       the runs of job K of array A, written before the intent
   arrays/A.json       what Slurm calls array A, written after sbatch
   beats/A_K.json      a job that runs: where, since when, its last sign of life
@@ -150,6 +151,15 @@ class Submission:
 
     def logs(self, array: int) -> Path:
         return self.folder / "logs" / str(array)
+
+    @property
+    def is_cancelled(self) -> bool:
+        return (self.folder / "cancelled.json").exists()
+
+    def cancel(self) -> None:
+        """Withdraws what was refused, or did not fit in the queue."""
+        values = {"user": getpass.getuser(), "cancelled_at": _now()}
+        write_atomically(self.folder / "cancelled.json", json.dumps(values))
 
     def memory(self) -> dict[str, Any]:
         return _read(self.folder / "seen.json") or {}
