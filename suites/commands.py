@@ -364,8 +364,13 @@ def _final(planned: list[Planned], result: Result) -> Counter:
 
 
 def exit_code(planned: list[Planned], result: Result) -> int:
-    ends = ((item.run, result.outcomes.get(item.run.run_id) or item.outcome) for item in planned)
-    fine = all(plan.ended_as_planned(run, outcome) for run, outcome in ends)
+    fine = all(
+        plan.ended_as_planned(
+            result.outcomes.get(item.run.run_id) or item.outcome,
+            is_search=item.run.workload.max_batch_size > 0,
+        )
+        for item in planned
+    )
     return AS_PLANNED if fine and not result.is_interrupted else NOT_AS_PLANNED
 
 

@@ -211,7 +211,8 @@ def wait(
     made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
     since = {run: one.stamp for one in made for ids in one.run_ids_of.values() for run in ids}
     ends = plan.ends(store, since)
-    outcomes = Counter(end.counted(since[run_id]) for run_id, end in ends.items())
+    found = [(end.counted(since[run_id]), end.is_search) for run_id, end in ends.items()]
+    outcomes = Counter(outcome for outcome, _ in found)
     if missing := len(since) - len(ends):
         outcomes["left"] = missing
     if as_json:
@@ -219,8 +220,8 @@ def wait(
     else:
         words = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
         print(f"{'not ended yet' if left else 'ended'}: {words}.")
-    as_planned = {"completed", "unsupported", "out_of_memory_predicted"}
-    return NOT_AS_PLANNED if left or set(outcomes) - as_planned else AS_PLANNED
+    is_fine = all(plan.ended_as_planned(outcome, is_search=search) for outcome, search in found)
+    return AS_PLANNED if is_fine and not left and not missing else NOT_AS_PLANNED
 
 
 def _find_run(store: Path, name: str) -> str:

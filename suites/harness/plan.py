@@ -227,6 +227,7 @@ class Ends:
     """How the attempts of one run have ended, oldest first."""
 
     suite: str
+    is_search: bool  # for a frontier
     attempts: tuple[str, ...]
     outcomes: tuple[str, ...]
     are_finished: tuple[bool, ...]
@@ -251,6 +252,7 @@ def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
         if records := attempts(store, name):
             found[name] = Ends(
                 suite=records[-1]["run"]["suite"],
+                is_search=records[-1]["run"]["workload"].get("max_batch_size", 0) > 0,
                 attempts=tuple(record["attempt"] for record in records),
                 outcomes=tuple(record["outcome"] for record in records),
                 are_finished=tuple(map(is_finished, records)),
@@ -313,9 +315,8 @@ def outcomes_of_build(store: Path, item: Planned) -> list[str]:
     return found
 
 
-def ended_as_planned(run: Run, outcome: str | None) -> bool:
+def ended_as_planned(outcome: str | None, *, is_search: bool) -> bool:
     """Completed, unsupported, or out of memory where the search for a frontier is the question."""
-    is_search = run.workload.max_batch_size > 0
     return outcome in ("completed", "unsupported", "out_of_memory_predicted") or (
         outcome == "out_of_memory" and is_search
     )
