@@ -38,6 +38,7 @@ class Progress:
     counts: Counter = field(default_factory=Counter)  # state or outcome -> runs
     reasons: Counter = field(default_factory=Counter)  # why jobs wait, in Slurm's words
     seconds_left: float | None = None
+    num_jobs: int = 0  # that have not ended
 
     @property
     def is_open(self) -> bool:
@@ -121,7 +122,7 @@ def _progress(
     claimed: set[str],
     wanted: dict[str, str] | None,
 ) -> Progress:
-    found = Progress(made)
+    found = Progress(made, num_jobs=len(jobs))
     state_of = {run_id: job.state for job in jobs for run_id in job.run_ids}
     for run_ids in made.run_ids_of.values():
         for run_id in run_ids:
@@ -195,10 +196,12 @@ def wait(
     with one_line():
         commands.need_submissions(store)
         made = [submission.find(store, name) for name in names] or submission.read(store)
+    made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
+    since = {run: one.stamp for one in made for ids in one.run_ids_of.values() for run in ids}
     ids, start, before = {one.id for one in made}, time.monotonic(), None
     while True:
-        seen = look(store)
-        left = [one for one in seen.submissions if one.made.id in ids]
+        seen = look(store, dict.fromkeys(since, ""))
+        left = [one for one in seen.submissions if one.made.id in ids and one.num_jobs]
         counts = sum((one.counts for one in left), Counter())
         words = ", ".join(f"{count} {state}" for state, count in counts.items())
         if left and words != before and not as_json:
@@ -208,8 +211,6 @@ def wait(
         if not left or is_over:
             break
         time.sleep(every_s)
-    made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
-    since = {run: one.stamp for one in made for ids in one.run_ids_of.values() for run in ids}
     ends = plan.ends(store, since)
     found = [(end.counted(since[run_id]), end.is_search) for run_id, end in ends.items()]
     outcomes = Counter(outcome for outcome, _ in found)

@@ -222,6 +222,23 @@ def test_waiting_for_a_search_that_ends_out_of_memory_is_as_planned(
     assert aerie("wait", *store)[0] == code
 
 
+def test_waiting_reads_its_own_runs_alone(aerie, shims, tmp_path, monkeypatch):
+    store = ("--results", tmp_path / "raw")
+    told = json.loads(aerie("submit", *ONE, *CLUSTER, *store, "--json")[1])
+    other = tmp_path / "raw" / "runs" / "0123" / "torn.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{")
+    code, _, err = aerie("wait", told["submission"], "--timeout", 0, *store)
+    assert (code, "3 queued" in err) == (1, True)
+    (made,) = submission.read(tmp_path / "raw")
+    assert made.job_id(0) == "77"
+    end(made, "completed")
+    monkeypatch.setattr(submission, "_read", {made.folder / "seen.json": made.memory()}.get)
+    (made,) = submission.read(tmp_path / "raw")  # an intent and a job id are read once
+    assert made.job_id(0) == "77"
+    assert aerie("wait", told["submission"], *store)[0] == 0
+
+
 def test_a_point_that_fits_nowhere_is_a_record(aerie, shims, tmp_path):
     store = tmp_path / "raw"
     code, out, _ = aerie("submit", *ONE[:3], "suite.rounds=1", "device_kind=v5e",

@@ -226,6 +226,22 @@ def test_what_fails_or_is_new_leaves_the_rest_of_its_block(block):
     assert block("s3", (4, "failed")) == [4]
 
 
+def test_the_ends_of_runs_are_parsed_once(block, tmp_path, monkeypatch):
+    block("s1", *done(0, 1), (2, "failed"))
+    found = plan.ends(tmp_path)
+    assert sorted(end.counted() for end in found.values()) == ["completed", "completed", "failed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_record", None)
+        assert plan.ends(tmp_path) == found
+    block("s1", *done(2))
+    assert {end.counted() for end in plan.ends(tmp_path).values()} == {"completed"}
+    (path, *_) = tmp_path.glob("runs/*/*.json")
+    path.write_text(
+        path.read_text().replace('"completed"', '"cancelled"').replace('"failed"', '"cancelled"')
+    )
+    assert "cancelled" in {out for end in plan.ends(tmp_path).values() for out in end.outcomes}
+
+
 def test_a_tpu_is_known_by_its_kind():
     """What it calls itself is not what was asked for, and is no reason to measure again."""
     run = runs_of("suite.rounds=1", "device_kind=v5e", "backend=jax")[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
@@ -249,15 +249,37 @@ def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
     names = sorted(path.name for path in (store / "runs").glob("*")) if wanted is None else wanted
     found = {}
     for name in names:
-        if records := attempts(store, name):
+        paths = sorted((store / "runs" / name).glob("[!.]*.json"))
+        if each := [_end(path, *_version(path)) for path in paths]:
             found[name] = Ends(
-                suite=records[-1]["run"]["suite"],
-                is_search=records[-1]["run"]["workload"].get("max_batch_size", 0) > 0,
-                attempts=tuple(record["attempt"] for record in records),
-                outcomes=tuple(record["outcome"] for record in records),
-                are_finished=tuple(map(is_finished, records)),
+                suite=each[-1].suite,
+                is_search=each[-1].is_search,
+                attempts=tuple(path.stem for path in paths),
+                outcomes=tuple(end.outcome for end in each),
+                are_finished=tuple(end.is_finished for end in each),
             )
     return found
+
+
+class _End(NamedTuple):
+    suite: str
+    is_search: bool
+    outcome: str
+    is_finished: bool
+
+
+@cache
+def _end(path: Path, written_ns: int, size: int) -> _End:
+    """What counts of a record; who watches a store of thousands parses each once."""
+    record = _record(path)
+    run = record["run"]
+    is_search = run["workload"].get("max_batch_size", 0) > 0
+    return _End(run["suite"], is_search, record["outcome"], is_finished(record))
+
+
+def _version(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _record(path: Path) -> dict[str, Any]:

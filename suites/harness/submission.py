@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,17 @@ class Submission:
 
     def job_id(self, array: int) -> str | None:
         """What Slurm calls an array; None before that is known, and where it was refused."""
-        return self.answer(array).get("job_id")
+        if array not in self._job_ids:
+            job_id = self.answer(array).get("job_id")
+            if job_id is None:
+                return None
+            self._job_ids[array] = job_id
+        return self._job_ids[array]
+
+    @cached_property
+    def _job_ids(self) -> dict[int, str]:
+        """What is known does not change."""
+        return {}
 
     def refusal(self, array: int) -> str | None:
         """Why the scheduler did not take an array."""
@@ -264,12 +274,16 @@ def _stored(submission: Submission) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Submission:
+    """An intent does not change: who looks again and again parses it, and its runs, once."""
+    return _load(folder.resolve(), (folder / "submission.json").stat().st_mtime_ns)
+
+
+@cache
+def _load(folder: Path, written_ns: int) -> Submission:
     values = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
     clusters = tuple(build(Cluster, value, "submission") for value in values["clusters"])
     arrays = tuple(build(Array, value, "submission") for value in values["arrays"])
-    return Submission(
-        **(values | {"folder": folder.resolve(), "clusters": clusters, "arrays": arrays})
-    )
+    return Submission(**(values | {"folder": folder, "clusters": clusters, "arrays": arrays}))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
