@@ -1,6 +1,7 @@
 """Submitting as people do it: the bill, the batch file, one line for what is wrong; then a real
 Slurm, from submit to collect."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ ONE = ("suite=training_speed", "family=hawk", "backend=torch", "suite.rounds=2",
        "suite.seq_lens=[16]", "suite.repeats=1", "suite.tokens_per_step=64")  # fmt: skip
 CLUSTER = ("cluster=slurm_cpu", "cluster.partition=cpu", "cluster.mem=1G", "cluster.time=10",
            "cluster.cpus_per_task=1", "cluster.stop_warning_s=60", "cluster.view_s=1")  # fmt: skip
+NUMBERS = itertools.count()  # two submissions of one second have ends of their own
 CONFIG = "MaxArraySize = 1001\nMaxJobCount = 10000\nAccountingStorageType = x/none\n"
 
 
@@ -49,7 +51,7 @@ def end(made, outcome, suites=("training_speed", "parity")):
     for array, index in made.places():
         for item in made.runs(array, index):
             so = outcome if item.run.suite in suites else "completed"
-            leave(made.store, item.run, so, f"{made.stamp}999999", item.build)
+            leave(made.store, item.run, so, f"{made.stamp}{next(NUMBERS):06}", item.build)
     made.remember({"is_settled": True})
 
 
