@@ -713,12 +713,14 @@ def _processes_of(folder: Path, node: str | None = None) -> set[int]:
 
 
 def _kill_until_gone(processes: Callable[[], set[int]]) -> None:
-    """Again and again: while one is killed another may start one more."""
+    """Again and again: while one is killed another may start one more. First all are stopped, so
+    that none sees another die and reports it."""
     end = time.monotonic() + 30
     while left := processes():
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         if time.monotonic() > end:
             raise TimeoutError(f"processes {sorted(left)} outlive SIGKILL.")
         time.sleep(0.02)
