@@ -1,6 +1,7 @@
 """The command `aerie`: what it offers, in words. The work is in commands.py, imported when used."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,10 +324,21 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("aerie: interrupted.", file=sys.stderr)
         code = 1
-    except BrokenPipeError:  # aerie plan ... | head
-        sys.stderr.close()
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
         code = 0
     sys.exit(code or 0)
+
+
+def _has_lost_its_reader() -> bool:
+    """As in `aerie plan ... | head`: what was not read is dropped, without a word at the exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _hint(message: str) -> str:

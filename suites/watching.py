@@ -66,6 +66,7 @@ class Look:
     outcomes: dict[str, Counter]  # suite -> outcome -> runs
     running: list[dict[str, Any]]
     silent: str | None
+    troubles: list[str]  # what could not be written, a line each
 
 
 def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: bool = False) -> int:
@@ -92,7 +93,8 @@ def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: b
 
 def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
     """Settles what has ended, and counts; `wanted` (run_id -> suite) limits it to some runs."""
-    view = reconcile.reconcile(store)
+    with one_line():
+        view = reconcile.reconcile(store)
     ends = plan.ends(store, wanted)
     jobs: dict[str, list[JobView]] = {}
     for job in view.jobs:
@@ -112,7 +114,7 @@ def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
             outcomes.setdefault(suite, Counter())["new"] += 1
     running = list(_running(store, claimed if wanted is None else claimed & wanted.keys()))
     made = [one for one in made if one.counts]
-    return Look(made, outcomes, running, view.silent)
+    return Look(made, outcomes, running, view.silent, view.troubles)
 
 
 def _progress(
@@ -266,6 +268,7 @@ def _print(seen: Look, store: Path, *, as_json: bool = False) -> int:
                 "outcomes": rows,
                 "running": seen.running,
                 "silent": seen.silent,
+                "troubles": seen.troubles,
             }
         )
         return AS_PLANNED
@@ -278,6 +281,7 @@ def _page(seen: Look, store: Path) -> Group:
     parts: list[Any] = []
     if seen.silent:
         parts.append(Text(f"Slurm does not answer: {seen.silent}", style="yellow"))
+    parts += [Text(line, style="yellow") for line in seen.troubles]
     if seen.submissions:
         total = sum((one.counts for one in seen.submissions), Counter())
         columns = [state for state in (*WAITING, *LEFT, *OUTCOMES) if total[state]]
