@@ -3,7 +3,6 @@
 What is shown of jobs that run is in suites/watching.py.
 """
 
-import getpass
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -143,7 +142,7 @@ def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool =
         if not names and not all_:
             raise ValueError("name the submissions to cancel, or say --all.")
         made = submission.read(store) if all_ else [submission.find(store, n) for n in names]
-        user = getpass.getuser()
+        user = submission.user_name()
         reconcile.reconcile(store)
         stopped, elsewhere = [], []
         for one in made:
@@ -265,7 +264,7 @@ class _Room:
 def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster]]:
     """Runs of this user's earlier submissions that never got into a queue, and have no record
     since."""
-    found, active, user = {}, view.active_run_ids(), getpass.getuser()
+    found, active, user = {}, view.active_run_ids(), submission.user_name()
     for made in submission.read(store):
         for item, cluster in _unqueued(made) if made.user == user else ():
             found[item.run.run_id] = None if made.is_cancelled else (item, cluster)

@@ -242,7 +242,7 @@ def draft(
     return Submission(
         folder=store.resolve() / "submissions" / name,
         created_at=_now(),
-        user=_user(),
+        user=user_name(),
         title=title,
         command=command,
         snapshot=str(snapshot),
@@ -294,7 +294,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _user() -> str:
+def user_name() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # in a container that does not know its users
