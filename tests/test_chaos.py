@@ -37,6 +37,7 @@ def n1_starts_nothing(tmp_path, monkeypatch):
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_job_that_a_node_could_not_start_runs_on_another(stub, n1_starts_nothing):
     cluster = Cluster(name="here", executor="slurm", mem="1G", view_s=0.1)
     planned = plan.plan(stub, [stub_run("done")])

@@ -148,6 +148,7 @@ def test_preemption_can_cancel(own):
     assert cluster.state(low) == "PREEMPTED"
 
 
+@pytest.mark.slow
 def test_a_job_starts_again_when_its_node_fails(slurm):
     script = "setsid sleep 67 & echo start $SLURM_RESTART_COUNT on $SLURMD_NODENAME; sleep 67"
     job = slurm.submit(script)

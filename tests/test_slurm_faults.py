@@ -174,6 +174,7 @@ def nothing_is_left(user: User) -> None:
 # Quick ones -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_told_to_restart_measures_a_block_anew_and_goes_on_with_training(slurm, stub):
     """`scontrol requeue` by hand, once each; what had ended is not measured again."""
     user, runs, train = User(slurm, stub), block("sleep 2"), quality("train 12")

@@ -240,6 +240,7 @@ ENDING = """
 """
 
 
+@pytest.mark.slow
 def test_an_array_from_the_queue_to_the_accounts(slurm, monkeypatch):
     """Of four jobs one is requeued, one is cancelled, and one fails."""
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))

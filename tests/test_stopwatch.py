@@ -90,6 +90,8 @@ NAMES = {
 
 
 class Device:
+    num_devices = 1
+
     def __init__(self, name, counted=None):
         self.device_name, self.counted = name, counted
 
