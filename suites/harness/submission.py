@@ -168,7 +168,7 @@ class Submission:
 
     def cancel(self) -> None:
         """Withdraws what was refused, or did not fit in the queue."""
-        values = {"user": getpass.getuser(), "cancelled_at": _now()}
+        values = {"user": user_name(), "cancelled_at": _now()}
         write_atomically(self.folder / "cancelled.json", json.dumps(values))
 
     def memory(self) -> dict[str, Any]:
