@@ -13,6 +13,7 @@ import pytest
 from interpreted import interpreted  # noqa: F401, a fixture
 from slurm_cluster import (  # noqa: F401, fixtures
     _tidy_slurm,
+    own,
     slurm,
     slurm_without_accounting,
 )

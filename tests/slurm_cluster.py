@@ -572,6 +572,23 @@ def slurm_without_accounting() -> Iterator[SlurmCluster]:
         yield cluster
 
 
+@pytest.fixture
+def own() -> Iterator[Callable[..., SlurmCluster]]:
+    """Starts clusters of this test alone: stopped after it."""
+    require_slurm(accounting=False)
+    clusters = []
+
+    def start(**options) -> SlurmCluster:
+        cluster = SlurmCluster(**{"accounting": False, "proctrack": "pgid"} | options)
+        clusters.append(cluster)
+        cluster.start()
+        return cluster
+
+    yield start
+    for cluster in clusters:
+        cluster.stop()
+
+
 @pytest.fixture(autouse=True)
 def _tidy_slurm(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails leaves its jobs behind, and perhaps a dead node: not to the next one."""

@@ -28,23 +28,6 @@ listen batch
 ALL_GPUS = ("--gpus-per-node=4", "--nodelist=gpu1", "--time=30")
 
 
-@pytest.fixture
-def own():
-    """Clusters of this test alone: stopped after it."""
-    require_slurm()
-    clusters = []
-
-    def start(**options) -> SlurmCluster:
-        cluster = SlurmCluster(**{"accounting": False, "proctrack": "pgid"} | options)
-        clusters.append(cluster)
-        cluster.start()
-        return cluster
-
-    yield start
-    for cluster in clusters:
-        cluster.stop()
-
-
 def states(cluster, job):
     return set(cluster.state(job).split())
 

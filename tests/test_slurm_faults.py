@@ -37,23 +37,6 @@ def suites_of_faults(stub, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture
-def own():
-    """Starts clusters of this test alone: stopped after it."""
-    require_slurm(accounting=False)
-    clusters = []
-
-    def start(**options) -> SlurmCluster:
-        cluster = SlurmCluster(**{"accounting": False, "proctrack": "pgid"} | options)
-        clusters.append(cluster)
-        cluster.start()
-        return cluster
-
-    yield start
-    for cluster in clusters:
-        cluster.stop()
-
-
 @dataclass(frozen=True, eq=False)
 class User:
     """Somebody with a results folder, at the login node of a cluster."""

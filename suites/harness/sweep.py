@@ -183,13 +183,8 @@ def sweep(
         try:
             running[executor.submit(job.path, slot)] = job
         except (OSError, Unsupported) as error:  # an interpreter or devices that are not there
-            is_unsupported = isinstance(error, Unsupported)
-            outcome = "unsupported" if is_unsupported else "failed"
-            reason = str(error) if is_unsupported else f"cannot be started: {error}"
-            record = _killed(store, job, outcome, reason)
-            _write(store, record)
             running[""] = job
-            end("", record)
+            end("", _not_started(store, job, error))
             return
         result.num_started += 1
 
@@ -218,15 +213,27 @@ def sweep(
             _ask_to_stop(running, executor, stop, look)
             for handle, job in list(running.items()):
                 executor.cancel(handle)
-                record = _read(store, job.task)
-                if record is None:
-                    outcome = stop.outcome_after(_given(job))
-                    record = _killed(store, job, outcome, stop.reason)
-                    _write(store, record)
-                end(handle, record)
+                end(handle, _stopped(store, job, stop))
         for slot in slots:
             slot.leave(store)
     return result
+
+
+def _not_started(store: Path, job: _Running, error: OSError | Unsupported) -> Record:
+    is_unsupported = isinstance(error, Unsupported)
+    reason = str(error) if is_unsupported else f"cannot be started: {error}"
+    record = _killed(store, job, "unsupported" if is_unsupported else "failed", reason)
+    _write(store, record)
+    return record
+
+
+def _stopped(store: Path, job: _Running, stop: Stop) -> Record:
+    """The record of a job that is gone now: its own, if it came to that."""
+    if (record := _read(store, job.task)) is not None:
+        return record
+    record = _killed(store, job, stop.outcome_after(_given(job)), stop.reason)
+    _write(store, record)
+    return record
 
 
 def _ask_to_stop(
