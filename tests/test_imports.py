@@ -27,6 +27,17 @@ def test_help_imports_nothing_heavy():
     assert not loaded & HEAVY
 
 
+def test_submitit_closes_no_handler_of_others():
+    code = (
+        "import logging\nfrom suites.harness import launch\n"
+        "class Handler(logging.Handler):\n    is_closed = False\n"
+        "    def close(self):\n        self.is_closed = True\n"
+        "handler = Handler()\nimport submitit\nprint(handler.is_closed)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_only_the_front_door_imports_hydra():
     users = {
         path.relative_to(ROOT).as_posix()

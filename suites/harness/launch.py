@@ -26,6 +26,9 @@ _UNHEARD = re.compile(
     r"timed? ?out|contact|connect|communicat|transmi|receive|said nothing", re.IGNORECASE
 )
 WORKER = "suites.harness.worker"
+# Else importing submitit configures logging anew, which closes every handler there is, and with
+# that of absl (loaded by optax) the standard error itself.
+os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
 
 
 class Refused(Exception):
