@@ -108,6 +108,28 @@ def test_submitting_twice_submits_once(aerie, shims, tmp_path):
     assert shims.num_calls() == 1  # one question for all
 
 
+def test_a_job_inherits_nothing_of_the_job_it_is_submitted_from(
+    aerie, shims, tmp_path, monkeypatch
+):
+    around = {
+        "SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "100", "SLURM_RESTART_COUNT": "1",
+        "SLURMD_NODENAME": "n", "SBATCH_ARRAY_INX": "0-2", "SBATCH_TIMELIMIT": "1",
+        "SBATCH_MEM_PER_CPU": "100", "SBATCH_PARTITION": "other", "SBATCH_MAIL_TYPE": "ALL",
+    }  # fmt: skip
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "lab", "SBATCH_EXPORT": "ALL"}
+    for name, value in {**around, **kept}.items():
+        monkeypatch.setenv(name, value)
+    seen = tmp_path / "seen"
+    (tmp_path / "shims" / "bin" / "sbatch").write_text(
+        f"#!/bin/bash\nenv >{seen}\necho Submitted batch job 77\n"
+    )
+    options = ("cluster.sbatch={mail-type: FAIL}", "--results", tmp_path / "raw")
+    assert aerie("submit", *ONE, *CLUSTER, *options)[0] == 0
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM", "SBATCH"))} == kept.keys()
+    assert around.items() <= os.environ.items()
+
+
 def test_a_rerun_is_judged_by_its_own_ends(aerie, shims, tmp_path):
     store = tmp_path / "raw"
     options = ("--results", store, "--json")

@@ -12,7 +12,7 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,9 @@ _UNHEARD = re.compile(
     r"timed? ?out|contact|connect|communicat|transmi|receive|said nothing", re.IGNORECASE
 )
 WORKER = "suites.harness.worker"
+# Variables by which sbatch overrules its file, named otherwise than what a cluster asks for.
+_OVERRULING = ("ARRAY_INX", "ERROR", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE",
+               "SIGNAL", "TIMELIMIT", "WAIT")  # fmt: skip
 # Else importing submitit configures logging anew, which closes every handler there is, and with
 # that of absl (loaded by optax) the standard error itself.
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
@@ -68,7 +71,8 @@ class Slurm:
         submission.logs(array).mkdir(parents=True, exist_ok=True)
         made = self._array(submission, array)
         try:
-            with redirect_stderr(io.StringIO()):  # what sbatch says is in the error, too
+            # What sbatch says is in the error, too.
+            with redirect_stderr(io.StringIO()), _outside_of_jobs(submission.cluster(array)):
                 return made._submit_command(command or _command(submission, array)).job_id
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             raise Refused(_reason(str(error))) from None
@@ -135,6 +139,26 @@ def _asked(cluster: Cluster) -> dict:
         "ntasks_per_node": 1,
         "additional_parameters": further,
     }
+
+
+@contextlib.contextmanager
+def _outside_of_jobs(cluster: Cluster) -> Iterator[None]:
+    """Within it the environment, which sbatch hands on to the job, is without that of a job that we
+    may be in (srun takes its memory for another request, we its restarts for ours), and without
+    what would overrule the file. What the cluster does not ask for a user's SBATCH_ may."""
+    names = [str(key).upper().replace("-", "_") for key in (*_asked(cluster), *cluster.sbatch)]
+    ours = {f"SBATCH_{name}" for name in (*names, *_OVERRULING)}
+    foreign = {
+        key: os.environ.pop(key)
+        for key in [*os.environ]
+        if (key.startswith("SLURM") and key not in slurm.KEPT)
+        or key in ours
+        or (cluster.mem is not None and key.startswith("SBATCH_MEM_PER_"))
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(foreign)
 
 
 def _setup(submission: Submission, cluster: Cluster) -> list[str]:

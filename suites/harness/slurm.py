@@ -61,7 +61,7 @@ _QUEUE_FIELDS = "ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|,RestartCnt:|,Time
 _QUEUE_FIELDS += "PreemptTime:|,Name:|,Reason:"  # the reason last: it may be any text
 _ACCOUNT_FIELDS = "JobID,State,ExitCode,ElapsedRaw,NodeList,Submit,JobName"  # Restarts from 23.02
 _FOREIGN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SACCTMGR_", "SLURM_", "SBATCH_", "LC_")
-_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # by which Slurm is reached
 
 
 class Unreachable(Exception):
@@ -533,7 +533,7 @@ def environment() -> dict[str, str]:
     clean = {
         key: value
         for key, value in os.environ.items()
-        if key in _KEPT or not key.startswith(_FOREIGN)
+        if key in KEPT or not key.startswith(_FOREIGN)
     }
     return clean | {"LANG": "C", "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # 0: lists are not cut
 
