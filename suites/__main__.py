@@ -138,7 +138,7 @@ def logs(
 def cancel(
     submissions: Submissions = None,
     results: Results = RAW,
-    all_: Annotated[bool, typer.Option("--all", help="All that have not ended.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="All of yours that have not ended.")] = False,
     as_json: Json = False,
 ) -> None:
     """Take submissions out of the queue and stop what runs of them."""

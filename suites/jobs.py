@@ -141,8 +141,10 @@ def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool =
         commands.need_submissions(store)
         if not names and not all_:
             raise ValueError("name the submissions to cancel, or say --all.")
-        made = submission.read(store) if all_ else [submission.find(store, n) for n in names]
         user = submission.user_name()
+        made = [submission.find(store, name) for name in names]
+        if all_:  # of this user: of others Slurm cancels nothing
+            made = [one for one in submission.read(store) if one.user == user]
         reconcile.reconcile(store)
         stopped, elsewhere = [], []
         for one in made:
@@ -161,7 +163,8 @@ def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool =
     if as_json:
         display.print_json({"cancelled": ids})
     else:
-        none = "nothing" if elsewhere else "nothing, all had ended"
+        whose = " of yours" if all_ else ""
+        none = "nothing" if elsewhere else f"nothing, all{whose} had ended"
         print(f"cancelled: {', '.join(ids) or none}.")
     for one in elsewhere:
         host = one.owner["host"]

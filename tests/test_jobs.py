@@ -195,6 +195,18 @@ def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):
     assert "runs: 4 new." in out  # its own, those that were refused, one proxy for both
 
 
+def test_cancelling_all_leaves_the_jobs_of_others_alone(aerie, shims, tmp_path, monkeypatch):
+    store = ("--results", tmp_path / "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr("getpass.getuser", lambda: "another")
+        assert aerie("submit", *ONE, *CLUSTER, *store)[0] == 0
+    shims.answers("sbatch", Answer(stdout="Submitted batch job 78\n"))
+    own = json.loads(aerie("submit", *ONE, *CLUSTER, "suite.repeats=2", *store, "--json")[1])
+    told = json.loads(aerie("cancel", "--all", *store, "--json")[1])
+    assert told["cancelled"] == [own["submission"]]
+    assert shims.calls("scancel") == [["78"]]
+
+
 def test_a_queue_that_is_nearly_full_takes_what_it_can(aerie, shims, tmp_path):
     store = ("--results", tmp_path / "raw")
     many = ("suite.seq_lens=[8,16,32,64]", "cluster.max_submit=2")
