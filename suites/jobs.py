@@ -6,6 +6,7 @@ What is shown of jobs that run is in suites/watching.py.
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from suites.harness.cluster import Cluster
 from suites.harness.estimate import NOTHING, History, Seconds
 from suites.harness.pack import Packed
 from suites.harness.plan import Planned
-from suites.harness.record import OUTCOMES
+from suites.harness.record import OUTCOMES, with_room
 from suites.harness.run import Run
 from suites.harness.submission import Submission
 from suites.harness.sweep import units
+
+CANCELLED = "cancelled meanwhile"
 
 
 @dataclass
@@ -354,8 +357,9 @@ def _submit(
     if as_json:
         display.print_json({"submission": made.id, **_facts(bill), "refused": refusals})
     else:
+        what = "withdrawn" if made.is_cancelled else "left for the next submit"
         for reason in dict.fromkeys(refusals):
-            print(f"aerie: refused, and left for the next submit: {reason}", file=sys.stderr)
+            print(f"aerie: refused, and {what}: {reason}", file=sys.stderr)
         jobs = sum(array.num_jobs for array in made.arrays)
         print(f"submitted {made.id}: {display.count(jobs, 'job')}. Follow: aerie status --watch")
     return NOT_AS_PLANNED if refusals else AS_PLANNED
@@ -374,15 +378,31 @@ def _intend(store: Path, bill: Bill, title: str, command: str, code: Path) -> Su
 
 def _hand_over(made: Submission) -> list[str]:
     """Submits every array; what is refused is said, written down, and does not stop the others."""
-    refusals = []
-    for array in made.arrays:
-        launcher = launch.launcher(made.cluster(array.number).executor)
-        try:
-            made.remember_job_id(array.number, launcher.submit(made, array.number))
-        except launch.Refused as error:
-            made.remember_refusal(array.number, str(error))
-            refusals.append(str(error))
-    return refusals
+    refusals = [_submit_array(made, array.number) for array in made.arrays]
+    return [one for one in refusals if one is not None]
+
+
+def _submit_array(made: Submission, array: int) -> str | None:
+    """Submits one array, unless somebody cancels it meanwhile; None, or what it was refused for."""
+    launcher = launch.launcher(made.cluster(array).executor)
+    try:
+        if made.is_cancelled:
+            raise launch.Refused(CANCELLED)
+        job_id = launcher.submit(made, array)
+    except (launch.Refused, OSError) as error:  # a disk may be full, or a process may not start
+        reason = str(error)
+        with suppress(OSError):
+            with_room(lambda: made.remember_refusal(array, reason))
+        return reason
+    with suppress(OSError):  # it is found by its name
+        with_room(lambda: made.remember_job_id(array, job_id))
+    if not made.is_cancelled:
+        return None
+    try:  # who cancelled it may not have seen this job
+        launcher.cancel([job_id])
+    except slurm.Unreachable as error:
+        return f"{CANCELLED}, and job {job_id} may run all the same: {error}"
+    return CANCELLED
 
 
 def _print_scripts(store: Path, bill: Bill, title: str, command: str, *, as_json: bool) -> int:

@@ -1,6 +1,7 @@
 """Submitting as people do it: the bill, the batch file, one line for what is wrong; then a real
 Slurm, from submit to collect."""
 
+import errno
 import itertools
 import json
 import os
@@ -12,11 +13,12 @@ import pandas as pd
 import pytest
 from slurm_shims import OVER_SUBMIT_LIMIT, UNREACHABLE, Answer, SlurmShims
 
-from suites import compose
+from suites import compose, jobs
 from suites.__main__ import main
-from suites.harness import plan, provenance, submission
+from suites.harness import plan, provenance, record, submission
 from suites.harness.execute import Task
 from suites.harness.record import write
+from suites.harness.submission import Submission
 
 ONE = ("suite=training_speed", "family=hawk", "backend=torch", "suite.rounds=2",
        "suite.seq_lens=[16]", "suite.repeats=1", "suite.tokens_per_step=64")  # fmt: skip
@@ -193,6 +195,45 @@ def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):
     code, out, _ = aerie("submit", *other, *CLUSTER, *store)
     assert code == 0
     assert "runs: 4 new." in out  # its own, those that were refused, one proxy for both
+
+
+def test_a_full_disk_at_one_array_costs_the_others_nothing(aerie, shims, tmp_path, monkeypatch):
+    """Array 0 finds no room for its logs, array 1 at first none for its job id."""
+    logs, remember, full = Submission.logs, Submission.remember_job_id, [1]
+
+    def no_logs(made, array):
+        if array == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return logs(made, array)
+
+    def full_once(made, array, job_id):
+        if full:
+            raise OSError(errno.ENOSPC, f"full {full.pop()}")
+        remember(made, array, job_id)
+
+    monkeypatch.setattr(record, "PAUSE_S", 0.0)
+    monkeypatch.setattr(Submission, "logs", no_logs)
+    monkeypatch.setattr(Submission, "remember_job_id", full_once)
+    store = tmp_path / "raw"
+    code, _, err = aerie("submit", *ONE, *CLUSTER, "cluster.max_array_size=1", "--results", store)
+    assert (code, "left for the next submit: [Errno 28]" in err) == (1, True)
+    (made,) = submission.read(store)
+    assert (made.job_id(0), made.job_id(1)) == (None, "77")
+    assert "No space left" in made.refusal(0)
+    assert {item.run.run_id for item, _ in jobs._unqueued(made)} == {*made.run_ids(0, 0)}
+
+
+def test_a_cancel_meanwhile_stops_the_submission(aerie, shims, tmp_path):
+    """It comes while the first of two arrays is submitted, and does not see the job of that."""
+    store = tmp_path / "raw"
+    script = tmp_path / "shims" / "bin" / "sbatch"
+    meanwhile = f"#!/bin/bash\ntouch $(echo {store}/submissions/*)/cancelled.json\n"
+    script.write_text(script.read_text().replace("#!/bin/bash\n", meanwhile))
+    code, _, err = aerie("submit", *ONE, *CLUSTER, "cluster.max_array_size=1", "--results", store)
+    assert (code, "refused, and withdrawn: cancelled meanwhile" in err) == (1, True)
+    assert (len(shims.calls("sbatch")), shims.calls("scancel")) == (1, [["77"]])
+    (made,) = submission.read(store)
+    assert (made.job_id(0), made.refusal(1)) == ("77", "cancelled meanwhile")
 
 
 def test_cancelling_all_leaves_the_jobs_of_others_alone(aerie, shims, tmp_path, monkeypatch):
