@@ -211,7 +211,8 @@ def _bill(
 ) -> Bill:
     active, given_up = view.active_run_ids(), Counter()
     unsupported, runs = [], []
-    known = {cluster.name: cluster for cluster in clusters}
+    asked = list(clusters)
+    known = {cluster.name: cluster for cluster in asked}
     ids = {item.run.run_id for item in wanted}
     placed: dict[str, list[Planned]] = {name: [] for name in known}
     for item, cluster in unasked:  # left over by an earlier submission
@@ -230,7 +231,7 @@ def _bill(
     # Of a block of which all that is missing is given up, the rest is not measured again.
     lacking = {item.block for item in runs if item.reason != plan.WITH_ITS_BLOCK}
     runs = [i for i in runs if i.reason != plan.WITH_ITS_BLOCK or i.block in lacking]
-    for name, members in pack.place(runs, [known[n] for n in placed]).items():
+    for name, members in pack.place(runs, asked).items():
         placed[name] += members
     history, room = History.of(store), _Room()
     packed = [

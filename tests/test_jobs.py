@@ -248,6 +248,18 @@ def test_cancelling_all_leaves_the_jobs_of_others_alone(aerie, shims, tmp_path, 
     assert shims.calls("scancel") == [["78"]]
 
 
+def test_what_was_left_over_goes_where_it_was_to_go_and_takes_nothing_along(aerie, shims, tmp_path):
+    store = ("--results", tmp_path / "raw")
+    shims.answers("sbatch", OVER_SUBMIT_LIMIT)
+    assert aerie("submit", *ONE, *CLUSTER, *store)[0] == 1
+    other = ("submit", *ONE, "suite.repeats=2", "cluster=slurm_gpu", *store, "--dry-run")
+    code, out, _ = aerie(*other, "device_kind=h100", "--json")
+    names = {array["cluster"] for array in json.loads(out)["arrays"]}
+    assert (code, names) == (0, {"slurm_cpu", "slurm_gpu"})
+    code, _, err = aerie(*other, "device_kind=cpu")
+    assert (code, "device_kind=cpu: cluster=slurm_gpu offers" in err) == (2, True)
+
+
 def test_a_queue_that_is_nearly_full_takes_what_it_can(aerie, shims, tmp_path):
     store = ("--results", tmp_path / "raw")
     many = ("suite.seq_lens=[8,16,32,64]", "cluster.max_submit=2")
