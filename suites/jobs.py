@@ -286,10 +286,11 @@ def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster
 def _unqueued(made: Submission) -> list[tuple[Planned, Cluster]]:
     """What was refused of a submission, and what did not fit in the queue."""
     refused = [
-        (item, made.cluster(array))
-        for array, index in made.places()
-        if made.refusal(array)
-        for item in made.runs(array, index)
+        (item, made.cluster(array.number))
+        for array in made.arrays
+        if made.refusal(array.number)
+        for index in range(array.num_jobs)
+        for item in made.runs(array.number, index)
     ]
     return [*refused, *made.left()]
 

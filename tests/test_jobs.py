@@ -197,6 +197,16 @@ def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):
     assert "runs: 4 new." in out  # its own, those that were refused, one proxy for both
 
 
+def test_an_answer_is_read_once_for_all_jobs_of_an_array(aerie, shims, tmp_path, monkeypatch):
+    assert aerie("submit", *ONE, *CLUSTER, "--results", tmp_path / "raw")[0] == 0
+    (made,) = submission.read(tmp_path / "raw")
+    assert [array.num_jobs for array in made.arrays] == [2]
+    asked = []
+    monkeypatch.setattr(Submission, "refusal", lambda self, array: asked.append(array))
+    assert jobs._unqueued(made) == []
+    assert asked == [0]
+
+
 def test_a_full_disk_at_one_array_costs_the_others_nothing(aerie, shims, tmp_path, monkeypatch):
     """Array 0 finds no room for its logs, array 1 at first none for its job id."""
     logs, remember, full = Submission.logs, Submission.remember_job_id, [1]
