@@ -199,7 +199,12 @@ def wait(
         commands.need_submissions(store)
         made = [submission.find(store, name) for name in names] or submission.read(store)
     made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
-    since = {run: one.stamp for one in made for ids in one.run_ids_of.values() for run in ids}
+    since: dict[str, str] = {}
+    for one in made:
+        run_ids = [run_id for ids in one.run_ids_of.values() for run_id in ids]
+        if not one.is_cancelled:  # what never got into the queue is no end either
+            run_ids += [item.run.run_id for item, _ in one.left()]
+        since |= dict.fromkeys(run_ids, one.stamp)
     ids, start, before = {one.id for one in made}, time.monotonic(), None
     while True:
         seen = look(store, dict.fromkeys(since, ""))

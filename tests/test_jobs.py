@@ -304,8 +304,11 @@ def test_what_was_left_over_is_withdrawn_by_cancel_and_goes_with_its_user(
         own = num_sent()
         assert json.loads(aerie("cancel", "--all", *store, "--json")[1])["cancelled"] == []
     assert num_sent() == own + left
+    code, out, _ = aerie("wait", *store, "--json")
+    assert (code, json.loads(out)["outcomes"]["left"]) == (1, left)
     assert first["submission"] in aerie("cancel", first["submission"], *store)[1]
     assert num_sent() == own
+    assert aerie("wait", *store)[0] == 0
     assert "nothing" in aerie("cancel", "--all", *store)[1]
 
 
