@@ -243,13 +243,16 @@ def _find_run(store: Path, name: str) -> str:
 
 
 def _log(store: Path, run_id: str) -> Path | None:
-    """The newest log with something in it: of the run, else of its job."""
-    paths = sorted((store / "runs" / run_id).glob("[!.]*.log"))
+    """The run's newest log; of a run that never began, the newest of its jobs that has printed."""
+    if own := sorted((store / "runs" / run_id).glob("[!.]*.log")):
+        return own[-1]
+    found = {}
     for made in submission.read(store):
         for (array, index), run_ids in made.run_ids_of.items():
-            if run_id in run_ids and not paths:
-                paths = [launch.log_of(made, array, index)]
-    return paths[-1] if paths and paths[-1].exists() else None
+            if run_id in run_ids and (path := launch.log_of(made, array, index)).exists():
+                found[path] = path.stat()
+    said = [path for path, stat in found.items() if stat.st_size]
+    return max(said, key=lambda path: found[path].st_mtime_ns, default=None)
 
 
 # Words ------------------------------------------------------------------------------------------

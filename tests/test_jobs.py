@@ -270,6 +270,22 @@ def test_what_was_left_over_goes_where_it_was_to_go_and_takes_nothing_along(aeri
     assert (code, "device_kind=cpu: cluster=slurm_gpu offers" in err) == (2, True)
 
 
+def test_the_newest_log_with_something_in_it_is_shown(aerie, shims, tmp_path):
+    store, run_id = tmp_path / "raw", None
+    for job_id, text in (("77", "old"), ("78", "new"), ("79", "")):
+        shims.answers("sbatch", Answer(stdout=f"Submitted batch job {job_id}\n"))
+        told = json.loads(aerie("submit", *ONE, *CLUSTER, "--results", store, "--json")[1])
+        made = submission.find(store, told["submission"])
+        run_id = run_id or made.run_ids(0, 0)[0]
+        (index,) = (k for (_, k), ids in made.run_ids_of.items() if run_id in ids)
+        (made.logs(0) / f"{job_id}_{index}_0_log.out").write_text(text)
+        made.remember({"is_settled": True})  # its jobs have not begun a run
+    assert aerie("logs", run_id, "--results", store)[1] == "new"
+    (store / "runs" / run_id).mkdir(parents=True)
+    (store / "runs" / run_id / "20200101T000000.log").write_text("its own")
+    assert aerie("logs", run_id, "--results", store)[1] == "its own"
+
+
 def test_a_queue_that_is_nearly_full_takes_what_it_can(aerie, shims, tmp_path):
     store = ("--results", tmp_path / "raw")
     many = ("suite.seq_lens=[8,16,32,64]", "cluster.max_submit=2")
