@@ -5,6 +5,7 @@ STORE/submissions/ID/
   left.json           runs that did not fit in the queue: they go with the user's next submission
   cancelled.json      who withdrew it: nothing of it goes with the next submission any more
   jobs/A_K.json       the runs of job K of array A, written before the intent
+  runs.json           the ids of them all, by job, in one file; written before the intent, too
   arrays/A.json       what Slurm calls array A, written after sbatch
   beats/A_K.json      a job that runs: where, since when, its last sign of life
   seen.json           what reconcile.py remembers between two looks; may be deleted
