@@ -254,16 +254,21 @@ class _Room:
         self._taken = 0
 
     def pack(self, members: list[Planned], cluster: Cluster, history: History) -> Packed:
-        room, size = cluster.max_submit, cluster.max_array_size
+        known, size, num_queued = {}, cluster.max_array_size, 0
+        if cluster.max_submit is not None:
+            known["cluster.max_submit"] = cluster.max_submit
         if cluster.executor == "slurm":
             limits = slurm.limits(cluster.partition, cluster.account, cluster.qos)
             size = size or limits.max_array_size
-            said = (room, limits.max_submit_jobs, limits.max_job_count)
-            allowed = [number for number in said if number is not None]
-            room = max(min(allowed) - limits.num_queued - self._taken, 0) if allowed else None
+            known |= limits.submit_limits
+            num_queued = limits.num_queued + self._taken
+        least = min(known, key=known.get, default=None)
+        room = None if least is None else max(known[least] - num_queued, 0)
         packed = pack.pack(
             members, cluster, seconds=history.seconds, room=room, max_array_size=size
         )
+        if packed.left:
+            packed.bound = f"{least} is {known[least]}, and {num_queued} of your jobs are queued"
         self._taken += sum(map(len, packed.arrays))
         return packed
 
@@ -436,6 +441,7 @@ def _facts(bill: Bill) -> dict[str, Any]:
         "num_current": bill.current,
         "num_stale": bill.stale,
         "num_left": len(bill.left),
+        "no_room": {one.cluster.name: one.bound for one in bill.packed if one.left},
         "num_unsupported": len(bill.unsupported),
         "given_up": dict(bill.given_up),
         "device_hours": vars(bill.device_hours),
@@ -474,6 +480,10 @@ def _print_bill(bill: Bill) -> None:
     words += [f"{len(bill.unsupported)} unsupported"] if bill.unsupported else []
     words += [f"{len(bill.left)} left for the next submit"] if bill.left else []
     print(f"runs: {', '.join(words) or 'none'}.")
+    for one in bill.packed:
+        if one.left:
+            runs = display.count(len(one.left), "run")
+            print(f"no room for {runs} of cluster={one.cluster.name}: {one.bound}.")
     if bill.given_up:
         words = ", ".join(f"{count} {outcome}" for outcome, count in bill.given_up.items())
         print(f"given up: {words}; again with aerie retry --reason {next(iter(bill.given_up))}.")

@@ -302,9 +302,13 @@ def test_what_was_left_over_is_withdrawn_by_cancel_and_goes_with_its_user(
 ):
     store = ("--results", tmp_path / "raw")
     full = "cluster.max_submit=1"  # for the proxy alone
+    bound = "cluster.max_submit is 1, and 0 of your jobs are queued"
+    out = aerie("submit", *ONE, *CLUSTER, full, *store, "--dry-run")[1]
+    assert f"runs of cluster=slurm_cpu: {bound}." in out
     first = json.loads(aerie("submit", *ONE, *CLUSTER, full, *store, "--json")[1])
     left = first["num_left"]
     assert left > 0
+    assert first["no_room"] == {"slurm_cpu": bound}
     assert (
         f"{first['submission']}: {left} runs did not fit in the queue" in aerie("status", *store)[1]
     )

@@ -223,6 +223,32 @@ def test_the_limits_of_a_site(commands):
     )
 
 
+def test_associations_that_a_job_is_not_counted_by_do_not_limit_it(commands, monkeypatch):
+    """An account that has expired, and a partition of its own limit."""
+    monkeypatch.delenv("SBATCH_ACCOUNT", raising=False)
+    header = "Cluster|Account|User|Partition|MaxSubmit|Def QOS\n"
+    lab = "local|lab|ada|gpu|3|normal\nlocal|lab|ada||500|normal\n"
+    old = "local|old|ada||0|normal\n"
+    commands.answers = {
+        "show config": (0, CONFIG, ""),
+        "show partition": (0, PARTITIONS, ""),
+        "show user": (0, "User|Def Acct|Admin\nada|lab|None\n", ""),
+        "account=lab": (0, header + lab, ""),
+        "account=old": (0, header + old, ""),
+        "show assoc": (0, header + old + lab, ""),
+        "show qos": (0, QOS, ""),
+    }
+    found = slurm_module.limits("cpu")
+    assert found.max_submit_jobs == 400
+    assert found.submit_limits == {
+        "MaxJobCount": 10000, "MaxSubmit of account lab": 500, "MaxSubmit of qos normal": 400,
+    }  # fmt: skip
+    assert slurm_module.limits("gpu").max_submit_jobs == 3
+    assert slurm_module.limits("cpu", "old").max_submit_jobs == 0
+    monkeypatch.setenv("SBATCH_ACCOUNT", "old")
+    assert slurm_module.limits("cpu").max_submit_jobs == 0
+
+
 def test_a_job_is_described():
     text = "JobId=35 JobName=a JobState=RUNNING Reason=None Requeue=1 Restarts=1 ExitCode=0:0 "
     text += "RunTime=00:01:00 TimeLimit=01:00:00 PreemptTime=2026-11-26T11:47:43 Comment=Reason=x"

@@ -31,6 +31,7 @@ class Packed:
     cluster: Cluster
     arrays: list[list[Job]]
     left: list[Planned]
+    bound: str = ""  # why nothing more fits in the queue
 
     @property
     def runs(self) -> list[Planned]:

@@ -113,6 +113,7 @@ class Limits:
     max_array_size: int | None = None  # one more than the highest index
     max_job_count: int | None = None
     max_submit_jobs: int | None = None  # of this user, every job of an array; of all, where less
+    submit_limits: dict[str, int] = field(default_factory=dict)  # of which it is the least, by name
     num_queued: int = 0  # of this user, now
     may_requeue: bool | None = None  # the default of jobs that do not ask
     preempt_type: str | None = None
@@ -244,15 +245,19 @@ def limits(
     code, queued, err = _ask(count)
     if code:
         raise Unreachable(_line("squeue", code, err))
-    max_submit, max_jobs = None, _int(config.get("MaxJobCount"))
+    submit_limits = {}
+    if (max_jobs := _int(config.get("MaxJobCount"))) is not None:
+        submit_limits["MaxJobCount"] = max_jobs
     if has_accounting:
         own = partitions.get(partition or "", Partition()).qos
-        max_submit = _max_submit(config.get("ClusterName"), account, qos, own)
+        name = config.get("ClusterName")
+        submit_limits |= _submit_limits(name, partition, account, qos, own)
     return Limits(
         version=config.get("SLURM_VERSION"),
         max_array_size=_int(config.get("MaxArraySize")),
         max_job_count=max_jobs,
-        max_submit_jobs=min((n for n in (max_submit, max_jobs) if n is not None), default=None),
+        max_submit_jobs=min(submit_limits.values(), default=None),
+        submit_limits=submit_limits,
         num_queued=len(queued.split()),
         may_requeue={"0": False, "1": True}.get(config.get("JobRequeue", "")),
         preempt_type=config.get("PreemptType"),
@@ -468,21 +473,40 @@ def _accounts(command: list[str]) -> tuple[int, str, str]:
         return 1, "", ""
 
 
-def _max_submit(
-    cluster: str | None, account: str | None, qos: str | None, own: str | None
-) -> int | None:
-    """The smallest limit of the user's associations, and of the QOS that apply."""
+def _submit_limits(
+    cluster: str | None,
+    partition: str | None,
+    account: str | None,
+    qos: str | None,
+    own: str | None,
+) -> dict[str, int]:
+    """By name, those of the associations that a job would be counted by, and of their QOS. Of other
+    accounts nothing follows: they may have expired."""
+    account = account or os.environ.get("SBATCH_ACCOUNT") or _default_account()
     who = [f"user={_user()}", *([f"cluster={cluster}"] if cluster else [])]
     who += [f"account={account}"] if account else []
-    rows = _table(["sacctmgr", "--parsable2", "show", "assoc", *who])
+    rows = [
+        row
+        for row in _table(["sacctmgr", "--parsable2", "show", "assoc", *who])
+        if row.get("Partition", "") in ("", *(partition or "").split(","))
+    ]
     names = {qos} if qos else {row.get("Def QOS") or "normal" for row in rows}
     names |= {own} if own else set()
     known = _table(["sacctmgr", "--parsable2", "show", "qos"]) if rows else []
-    rows += [row for row in known if row.get("Name") in names]
-    found = [
-        _int(row.get(key)) for row in rows for key in ("MaxSubmit", "GrpSubmit", "MaxSubmitPU")
-    ]
-    return min((limit for limit in found if limit is not None), default=None)
+    named = [(f"MaxSubmit of account {row.get('Account')}", row) for row in rows]
+    named += [(f"MaxSubmit of qos {row['Name']}", row) for row in known if row["Name"] in names]
+    found: dict[str, int] = {}
+    for name, row in named:
+        for key in ("MaxSubmit", "GrpSubmit", "MaxSubmitPU"):
+            if (limit := _int(row.get(key))) is not None:
+                found[name] = min(limit, found.get(name, limit))
+    return found
+
+
+def _default_account() -> str | None:
+    """Of a job that names none."""
+    rows = _table(["sacctmgr", "--parsable2", "show", "user", f"name={_user()}"])
+    return next((row.get("Def Acct") for row in rows), None) or None
 
 
 def _table(command: list[str]) -> list[dict[str, str]]:
