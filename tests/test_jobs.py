@@ -416,13 +416,14 @@ def test_a_controller_that_is_down_costs_nothing_but_a_line(aerie, shims, tmp_pa
 @pytest.mark.slow
 def test_from_submit_to_collect_on_a_real_slurm(slurm, tmp_path):
     store = tmp_path / "raw"
+    of_a_job = {"SLURM_MEM_PER_CPU": "100", "SLURM_RESTART_COUNT": "1", "SBATCH_ARRAY_INX": "0-2"}
+    environment = os.environ | slurm.environment | of_a_job  # as after salloc
 
     def aerie(*arguments, seconds=240):
         command = [sys.executable, "-m", "suites", *map(str, arguments), "--results", str(store)]
         done = subprocess.run(
-            command, env=os.environ | slurm.environment, capture_output=True, text=True,
-            timeout=seconds,
-        )  # fmt: skip
+            command, env=environment, capture_output=True, text=True, timeout=seconds
+        )
         return done.returncode, done.stdout, done.stderr
 
     code, out, err = aerie("submit", *ONE, *CLUSTER, "--json")
