@@ -85,8 +85,8 @@ class Row:
 
 
 # --- What is compiled: every op on meta tensors, at the widths of the paper's 1b (D 2048, R 2560,
-# heads of 128) and with the heads of 256 of RecurrentGemma. B and T choose no kernel, except that
-# the split scans and the parts of a decode step are there for few sequences.
+# heads of 128) and with the heads of 256 of RecurrentGemma. B and T choose no kernel, except that B
+# chooses the tiles of the scans, and that the parts of a decode step are there for few sequences.
 
 DTYPES = ("bfloat16", "float32")
 B, T, D, F, R, N, V, WIDTH, WINDOW = 4, 8192, 2048, 6144, 2560, 16, 32000, 4, 1024
@@ -108,19 +108,29 @@ def backward(*outputs: torch.Tensor) -> None:
 def linear_scan(dtype: str) -> None:
     from implementations.torch_backend.kernels.linear_scan import linear_scan
 
-    for variant in ("triton", "triton_split"):
-        a_BTR, x_BTR = empty(B, T, R, dtype=dtype), empty(B, T, R, dtype=dtype)
-        backward(*linear_scan(a_BTR, x_BTR, empty(B, R), variant))
+    for variant, num_sequences in scans():
+        shape = (num_sequences, T, R)
+        a_BTR, x_BTR = empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
+        backward(*linear_scan(a_BTR, x_BTR, empty(num_sequences, R), variant))
 
 
 def rg_lru(dtype: str) -> None:
     from implementations.torch_backend.kernels.rg_lru import rg_lru
 
-    for variant in ("triton", "triton_split"):
-        for bias_R in (empty(R), None):
-            x_BTR, a_gate_BTR, input_gate_BTR = (empty(B, T, R, dtype=dtype) for _ in range(3))
-            inputs = (x_BTR, a_gate_BTR, input_gate_BTR, bias_R, bias_R, empty(R))
-            backward(*rg_lru(*inputs, positions(B, T), empty(B, R), variant))
+    for variant, num_sequences in scans():
+        for bias_R in (empty(R), None) if num_sequences == B else (empty(R),):
+            gates = [empty(num_sequences, T, R, dtype=dtype) for _ in range(3)]
+            inputs = (*gates, bias_R, bias_R, empty(R), positions(num_sequences, T))
+            backward(*rg_lru(*inputs, empty(num_sequences, R), variant))
+
+
+def scans() -> Iterator[tuple[str, int]]:
+    """Variants, and numbers of sequences that among them meet every tile."""
+    from implementations.torch_backend.kernels.linear_scan import TILES
+
+    least = {least for tiles in TILES.values() for least, _ in tiles}
+    yield from (("triton", max(-(-channels // R), 1)) for channels in sorted(least))
+    yield from (("triton", B), ("triton_split", B))
 
 
 def rg_lru_step(dtype: str) -> None:

@@ -20,6 +20,13 @@ def test_a_scan_and_its_gradients_are_true(interpreted, op, variant, B, T, R, do
     within(found, op, dtype, "triton")
 
 
+@pytest.mark.parametrize("size", [0, 1, 2])  # the last, of few channels, is that of all others
+@pytest.mark.parametrize("op", ["linear_scan", "rg_lru"])
+def test_tiles_of_many_channels(interpreted, op, size):
+    shape = {"B": 2, "T": 161, "R": 131, "documents": "some", "dtype": "float32"}
+    within(interpreted(CASES, "tile_errors", op=op, size=size, **shape), op, "float32", "triton")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["triton", "triton_split"])
 def test_gates_without_biases(interpreted, variant, dtype):

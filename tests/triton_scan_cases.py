@@ -4,6 +4,8 @@ Called in a process with TRITON_INTERPRET=1 (tests/interpreted.py). What kernels
 NaN before.
 """
 
+from unittest import mock
+
 import numpy as np
 import torch
 from interpreted import poisoned
@@ -12,7 +14,7 @@ from scan_cases import Errors, drawn, errors, normal, scan_case, sized
 from implementations import ops as truth
 from implementations import reference
 from implementations.torch_backend import ops
-from implementations.torch_backend.kernels.linear_scan import linear_scan
+from implementations.torch_backend.kernels.linear_scan import TILES, linear_scan
 from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
 from suites.ladder.check import to_bfloat16
 
@@ -37,6 +39,13 @@ def op_errors(variant: str, **shape) -> Errors:
             tuple(map(torch.tensor, case.doutputs)),
         )
     return case.errors(tuple(map(array, outputs)), *map(arrays, (dparams, dinputs)))
+
+
+def tile_errors(size: int, **shape) -> Errors:
+    """op_errors with the tiles that many channels have, of which TILES has one for each size."""
+    tiles = {kernel: ((0, sizes[size][1]),) for kernel, sizes in TILES.items()}
+    with mock.patch.dict(TILES, tiles):
+        return op_errors("triton", **shape)
 
 
 def strided_errors(variant: str) -> Errors:

@@ -46,7 +46,7 @@ TILES = {
     "cuda90": {
         ("forward", 128): (128, 64, 8, 3), ("forward", 256): (128, 32, 8, 3),
         ("dq", 128): (128, 64, 8, 3), ("dq", 256): (64, 64, 8, 2),
-        ("dkv", 128): (32, 128, 8, 3), ("dkv", 256): (16, 64, 8, 2),
+        ("dkv", 128): (64, 128, 8, 2), ("dkv", 256): (16, 64, 8, 2),
     },
     "cuda100": {
         ("forward", 128): (128, 64, 8, 3), ("forward", 256): (64, 64, 8, 2),
@@ -275,10 +275,12 @@ def seen_by(first_BT: Tensor, last_BT: Tensor, num_keys: int, block: int) -> Ten
 
     Bounds as of a Python range: from entry 0 up to, and without, entry 3.
     """
-    start = torch.arange(0, num_keys, block, dtype=torch.int32, device=first_BT.device)
-    end = (start + (block - 1)).clamp(max=num_keys - 1)
-    B = first_BT.shape[0]
-    bounds = torch.cat([start, end]).expand(B, -1).contiguous()
+    B, num_blocks = first_BT.shape[0], -(-num_keys // block)
+    # the first key of each block, then the last one of each: without torch.cat, as Inductor of
+    # torch 2.11 does not compile what it makes of that for a single block
+    bound = torch.arange(2 * num_blocks, dtype=torch.int32, device=first_BT.device)
+    last_key = ((bound - num_blocks + 1) * block).clamp(max=num_keys) - 1
+    bounds = torch.where(bound < num_blocks, bound * block, last_key).expand(B, -1).contiguous()
     begins = torch.searchsorted(last_BT, bounds, out_int32=True)
     ends = torch.searchsorted(first_BT, bounds, right=True, out_int32=True)
     (some_begin, all_begin), (all_end, some_end) = begins.chunk(2, 1), ends.chunk(2, 1)

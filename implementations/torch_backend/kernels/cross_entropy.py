@@ -160,8 +160,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
             if needs_dx:
                 dx_ND[part] = _product(dlogits_CV, cast_VD)
             if needs_dweight:
-                added_VD = _product(dlogits_CV.t(), x_ND[part])
-                dweight_VD = added_VD if dweight_VD is None else dweight_VD.add_(added_VD)
+                dweight_VD = _add_product(dweight_VD, dlogits_CV.t(), x_ND[part])
             del dlogits_CV  # before the next chunk's take its place
         if needs_dweight and dweight_VD is None:
             dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -211,6 +210,15 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if has_wide_product(left):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in place: a product that begins with what is there."""
+    if total is None:
+        return _product(left, right)
+    if has_wide_product(left):
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    return total.addmm_(left.float(), right.float())
 
 
 def _launch(kernel, logits: Tensor, *operands: Tensor | None, soft_cap: float | None = None):

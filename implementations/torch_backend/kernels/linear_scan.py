@@ -6,8 +6,8 @@ every state and from the last one. A document starts where a is 0; |a| is at mos
 over many steps may overflow.
 
 `triton`: a program owns one sequence and BLOCK_R channels and walks time in tiles of SEGMENTS x
-ROWS steps; a tile's loads are under way while those before it are computed. Forward reads 2 and
-writes 1 element a step and channel, backward reads 3 and writes 2: each byte once.
+ROWS steps (see TILES); a tile's loads are under way while those before it are computed. Forward
+reads 2 and writes 1 element a step and channel, backward reads 3 and writes 2: each byte once.
 `triton_split` cuts time in chunks of CHUNK_LEN steps that run at once, for when sequences times
 channels are too few to fill a device: a first pass finds what each chunk does to a state, the
 recurrence over chunks is a short linear_scan, and the second pass is `triton` from those states.
@@ -25,13 +25,26 @@ from implementations.engine import Unsupported
 
 # A tile is [SEGMENTS, BLOCK_R] for each of ROWS steps: thread by thread 8 neighbouring channels (16
 # bytes of bfloat16) of every row of one segment. Within a segment time runs in registers; only what
-# a segment does as a whole, 1 / ROWS of the elements, is scanned across threads.
-SEGMENTS = 16
-ROWS = 4
-BACKWARD_ROWS = 2  # it holds more for each row: 4 spill
-BLOCK_R = 64  # a row of bfloat16 is a line of 128 bytes
-NUM_WARPS = 4
-NUM_STAGES = 3  # two tiles under way: 32 KiB a program, and a multiprocessor needs about 23
+# a segment does as a whole, 1 / ROWS of the elements, is scanned across threads. Many channels fill
+# a device by themselves, and segments are only work; the fewer they are, the more of time must be
+# walked at once. So tiles go by how many channels all sequences have at least: each is the fastest,
+# or nearly, of 114 timed on an H100 at 65536, 20480, 8192 and 2560 channels. Chunks are many, and
+# one warp needs no barrier. See results/reference/kernels_h100.
+TILES = {  # channels at least, then SEGMENTS, ROWS, BLOCK_R, warps and stages
+    "forward": (
+        (32768, (8, 1, 128, 4, 3)),
+        (16384, (16, 2, 32, 4, 3)),
+        (4096, (32, 4, 32, 4, 3)),
+        (0, (64, 4, 16, 4, 3)),
+    ),
+    "backward": (
+        (65536, (4, 1, 128, 2, 3)),
+        (16384, (8, 1, 64, 2, 4)),
+        (4096, (16, 2, 32, 4, 4)),
+        (0, (64, 2, 16, 4, 3)),
+    ),
+}
+TILE_OF_CHUNKS = (4, 2, 64, 1, 3)  # of triton_split, in both directions
 CHUNK_LEN = 256  # of triton_split
 
 
@@ -177,15 +190,15 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh_BTR: Tensor, dh_BR: Tensor) -> tuple[Tensor | None, ...]:
         a_BTR, h_BTR, h0_BR = ctx.saved_tensors
-        B, T, R = a_BTR.shape
+        _, T, R = a_BTR.shape
         dh_BTR = dh_BTR.contiguous()
         da_BTR, dx_BTR = torch.empty_like(a_BTR), torch.empty_like(dh_BTR)
 
         def launch(flow_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
-            _backward_kernel[grid(B, R, end_BCR)](
+            tile = tile_of("backward", end_BCR)
+            _backward_kernel[grid(end_BCR, tile)](
                 a_BTR, h_BTR, h0_BR, dh_BTR, flow_BCR, end_BCR, product_BCR, da_BTR, dx_BTR,
-                T, R, ctx.chunk_len or T, product_BCR is not None,
-                SEGMENTS, BACKWARD_ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+                T, R, ctx.chunk_len or T, product_BCR is not None, **tile,
             )  # fmt: skip
 
         dh0_BR = in_chunks(launch, dh_BR.contiguous(), T, ctx.chunk_len)
@@ -195,14 +208,14 @@ class _LinearScan(torch.autograd.Function):
 def _forward(
     a_BTR: Tensor, x_BTR: Tensor, h0_BR: Tensor, chunk_len: int | None
 ) -> tuple[Tensor, Tensor]:
-    B, T, R = x_BTR.shape
+    _, T, R = x_BTR.shape
     h_BTR = torch.empty_like(x_BTR)
 
     def launch(h0_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
-        _forward_kernel[grid(B, R, end_BCR)](
+        tile = tile_of("forward", end_BCR)
+        _forward_kernel[grid(end_BCR, tile)](
             a_BTR, x_BTR, h0_BCR, h_BTR, end_BCR, product_BCR,
-            T, R, chunk_len or T, product_BCR is not None,
-            SEGMENTS, ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+            T, R, chunk_len or T, product_BCR is not None, **tile,
         )  # fmt: skip
 
     return h_BTR, in_chunks(launch, h0_BR, T, chunk_len)
@@ -226,8 +239,19 @@ def in_chunks(launch: Callable, h0_BR: Tensor, T: int, chunk_len: int | None) ->
     return state_BCR[:, -1].clone()
 
 
-def grid(B: int, R: int, end_BCR: Tensor) -> tuple[int, int, int]:
-    return (triton.cdiv(R, BLOCK_R), B, end_BCR.shape[1])
+def tile_of(kernel: str, end_BCR: Tensor) -> dict[str, int]:
+    """The constants of a kernel's launch."""
+    if end_BCR.shape[1] > 1:
+        sizes = TILE_OF_CHUNKS
+    else:
+        sizes = next(sizes for least, sizes in TILES[kernel] if end_BCR.numel() >= least)
+    names = ("SEGMENTS", "ROWS", "BLOCK_R", "num_warps", "NUM_STAGES")
+    return dict(zip(names, sizes, strict=True))
+
+
+def grid(end_BCR: Tensor, tile: dict[str, int]) -> tuple[int, int, int]:
+    B, C, R = end_BCR.shape
+    return (triton.cdiv(R, tile["BLOCK_R"]), B, C)
 
 
 @triton.jit(do_not_specialize=["T", "chunk_len"])

@@ -22,13 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.torch_backend.kernels.linear_scan import (
-    BACKWARD_ROWS,
-    BLOCK_R,
     CHUNK_LEN,
-    NUM_STAGES,
-    NUM_WARPS,
-    ROWS,
-    SEGMENTS,
     across_segments,
     first_state,
     grid,
@@ -36,6 +30,7 @@ from implementations.torch_backend.kernels.linear_scan import (
     linear_scan,
     place,
     refuse_float64,
+    tile_of,
 )
 
 GATE = "rg_lru"  # the formula of decay and input: a compile-time switch of the fused kernels
@@ -143,16 +138,16 @@ class _RGLRU(torch.autograd.Function):
         h0_BR: Tensor,
         chunk_len: int | None,
     ) -> tuple[Tensor, Tensor]:
-        B, T, R = x_BTR.shape
+        _, T, R = x_BTR.shape
         gates = (x_BTR.contiguous(), a_gate_BTR.contiguous(), input_gate_BTR.contiguous(),
                  a_bias_R, input_bias_R, decay_R, position_BT.contiguous())  # fmt: skip
         h0_BR, h_BTR = h0_BR.contiguous(), torch.empty_like(gates[0])
 
         def launch(h0_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
-            _forward_kernel[grid(B, R, end_BCR)](
+            tile = tile_of("forward", end_BCR)
+            _forward_kernel[grid(end_BCR, tile)](
                 *gates, h0_BCR, h_BTR, end_BCR, product_BCR,
-                T, R, chunk_len or T, GATE, product_BCR is not None,
-                SEGMENTS, ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+                T, R, chunk_len or T, GATE, product_BCR is not None, **tile,
             )  # fmt: skip
 
         h_BR = in_chunks(launch, h0_BR, T, chunk_len)
@@ -171,11 +166,11 @@ class _RGLRU(torch.autograd.Function):
         sums_XBCR = h0_BR.new_empty(3, B, num_chunks, R)
 
         def launch(flow_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
-            _backward_kernel[grid(B, R, end_BCR)](
+            tile = tile_of("backward", end_BCR)
+            _backward_kernel[grid(end_BCR, tile)](
                 *gates, h0_BR, h_BTR, dh_BTR, flow_BCR, end_BCR, product_BCR,
                 dx_BTR, da_gate_BTR, dinput_gate_BTR, *sums_XBCR.unbind(0),
-                T, R, ctx.chunk_len or T, GATE, MAX_SQRT_GRADIENT, product_BCR is not None,
-                SEGMENTS, BACKWARD_ROWS, BLOCK_R, NUM_STAGES, num_warps=NUM_WARPS,
+                T, R, ctx.chunk_len or T, GATE, MAX_SQRT_GRADIENT, product_BCR is not None, **tile,
             )  # fmt: skip
 
         dh0_BR = in_chunks(launch, dh_BR.contiguous(), T, ctx.chunk_len)
