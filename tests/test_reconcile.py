@@ -241,3 +241,47 @@ def test_a_killed_attempt_has_its_own_time_and_the_end_of_its_own_job(stub, sche
         assert sum(record.times.values()) == pytest.approx(record.seconds)
         assert record.times["init"] == 2.0
         assert began(record.attempt).isoformat(timespec="seconds") == record.started_at
+
+
+def change_owner(store: Path, name: str, **owner) -> None:
+    path = store / "claims" / name / "owner.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | owner))
+
+
+def claimed(store: Path) -> list[str]:
+    reconcile.reconcile(store)
+    return sorted(path.name for path in (store / "claims").glob("[!.]*"))
+
+
+def test_claims_of_a_command_that_was_killed_are_given_back_by_who_knows(stub, monkeypatch):
+    """Where it ran: a job on a node cannot know, and would be started again for ever."""
+    for name in ("alive", "dead", "block-dead"):
+        claims.claim(stub, name)
+    for name in ("dead", "block-dead"):
+        change_owner(stub, name, started="another boot")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(provenance, "node", lambda: "elsewhere")
+        assert claimed(stub) == ["alive", "block-dead", "dead"]
+    assert claimed(stub) == ["alive"]
+
+
+def test_claims_of_a_job_that_was_the_users_own_end_with_it(stub, schedulers, monkeypatch):
+    """`aerie run` in salloc. A job of a submission is for its own end to settle."""
+    now, submitted = time.time(), submit(stub, "slurm", job_id="7")
+    for name, job in (("a", "77"), ("b", "78"), ("c", "7_0")):
+        claims.claim(stub, name)
+        change_owner(stub, name, job=job)
+    running = Seen(state="RUNNING", is_in_queue=True)
+    ours = replace(running, name=submitted.job_name(0))
+    schedulers["slurm"].jobs = {"7_0": ours, "77": running, "78": running}
+    assert claimed(stub) == ["a", "b", "c"]
+    ended = Seen(state="COMPLETED", is_in_queue=False)
+    schedulers["slurm"].jobs = {"7_0": ours, "77": ended}
+    assert claimed(stub) == ["b", "c"]
+    schedulers["slurm"].is_silent = True
+    monkeypatch.setattr(time, "time", lambda: now + 2 * reconcile.ORPHAN_S)
+    assert claimed(stub) == ["b", "c"]  # that time does not count
+    schedulers["slurm"].is_silent = False
+    assert claimed(stub) == ["b", "c"]
+    monkeypatch.setattr(time, "time", lambda: now + 3 * reconcile.ORPHAN_S + 1)
+    assert claimed(stub) == ["c"]

@@ -80,6 +80,12 @@ def owner(store: Path, run_id: str) -> dict[str, Any] | None:
         return None
 
 
+def owners(store: Path) -> dict[str, dict[str, Any]]:
+    """Who has which claim, by its name."""
+    names = [place.name for place in (store / "claims").glob("[!.]*")]
+    return {name: found for name in names if (found := owner(store, name)) is not None}
+
+
 def is_alive(found: dict[str, Any]) -> bool:
     """Whether the owner still runs. Of another host and of another job nothing is known: it counts
     as alive. An earlier start of our own job is over."""

@@ -68,17 +68,23 @@ def reconcile(store: Path) -> View:
     open_ones = [one for one in submission.read(store) if not one.memory().get("is_settled")]
     seen: dict[str, Seen] = {}
     silent: dict[str, str] = {}
+    others: list[str] = []
     for executor in ("local", "slurm"):
         try:
             for made in open_ones:
                 _adopt(made, executor)
-            if job_ids := _job_ids(open_ones, executor):
+            job_ids = _job_ids(open_ones, executor)
+            if executor == "slurm":
+                others = _other_jobs(store, job_ids)
+                job_ids += others
+            if job_ids:
                 seen |= launch.launcher(executor).poll(job_ids)
         except Unreachable as error:
             silent[executor] = str(error)
     view.silent = silent.get("slurm")
     for made in open_ones:
         view.jobs += _settle(made, seen, now, silent, view.troubles)
+    _release_dead(store, others, seen, now, is_answered="slurm" not in silent)
     claims.sweep_up(store)
     return view
 
@@ -147,6 +153,46 @@ def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
             elif is_asked and names - settled:
                 found.append(job_id)
     return found
+
+
+def _other_jobs(store: Path, job_ids: Container[str]) -> list[str]:
+    """Jobs that have claims, and are not asked about: of no submission that is open."""
+    jobs = {owner.get("job") for owner in claims.owners(store).values()}
+    return sorted(job for job in jobs if job is not None and job not in job_ids)
+
+
+def _release_dead(
+    store: Path, others: Container[str], seen: dict[str, Seen], now: float, *, is_answered: bool
+) -> None:
+    """Gives back what no end of a job of ours will: the claims of commands that were killed, here
+    or in a job that was the user's own (salloc), which has ended."""
+    for name, owner in claims.owners(store).items():
+        job, place = owner.get("job"), store / "claims" / name / "seen.json"
+        is_over = job in others and _is_over(place, seen.get(job), now, is_answered)
+        if is_over or not claims.is_alive(owner):
+            with suppress(OSError):  # another user's
+                claims.release(store, name, owner["token"])
+
+
+def _is_over(place: Path, one: Seen | None, now: float, is_answered: bool) -> bool:
+    """Whether a job of nobody's submission is over. What is remembered of it goes with its claim:
+    the folder is never made here, as one without an owner is a claim, too."""
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        kept = json.loads(place.read_text(encoding="utf-8"))
+    state, memory = states.look(
+        one,
+        Memory(**kept),
+        now=now,
+        beat_age_s=None,
+        lost_after_s=ORPHAN_S,
+        is_requeued=True,  # perhaps: Slurm knows
+        is_answered=is_answered,
+    )
+    if state not in states.OVER and vars(memory) != kept:
+        with suppress(OSError):
+            place.write_text(json.dumps(vars(memory)), encoding="utf-8")
+    return state in states.OVER
 
 
 def _settle(
