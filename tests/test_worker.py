@@ -97,6 +97,24 @@ def test_a_process_knows_what_its_build_is_made_of_where_it_runs(stub):
     assert plan.outcomes_of_build(stub, planned) == ["failed"]
 
 
+def test_an_interpreter_that_a_node_lacks_fails_its_own_runs_alone(stub):
+    missing = "/no/such/python"
+    here = replace(HERE, python={"torch": missing})
+    given = plan.plan(stub, [stub_run(backend=name) for name in ("torch", "jax")])
+    sweep(stub, pending(stub, given, here), here)
+    ends = {made.run["backend"]: made for made in read_all(stub)}
+    assert {name: made.outcome for name, made in ends.items()} == {
+        "torch": "failed",
+        "jax": "completed",
+    }
+    assert ends["torch"].reason.startswith("cluster.python.torch: cannot be started: ")
+    assert missing in ends["torch"].reason
+    (planned,) = [item for item in given if item.run.backend == "torch"]
+    assert plan.outcomes_of_build(stub, planned) == ["failed"]
+    with pytest.raises(ValueError, match=f"^cluster.python: {missing} does not run: "):
+        plan.plan(stub, [planned.run], lambda run: missing)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_job_on_this_machine_that_is_cancelled_ends_as_cancelled(stub, count):
     """Also between two jobs of its array: the process is one, and none is begun any more."""

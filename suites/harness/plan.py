@@ -331,7 +331,7 @@ def outcomes_of_build(store: Path, item: Planned) -> list[str]:
     found = []
     for record in attempts(store, run.run_id):
         device = device_of(record, provenance.device_name(run.device_kind))
-        versions = record["provenance"].get("versions") or provenance.versions()
+        versions = record["provenance"].get("versions")
         if record["build"] == provenance.build_key(run.suite, run.backend, device, versions):
             found.append(record["outcome"])
     return found

@@ -50,10 +50,24 @@ def versions(python: str | None = None) -> dict[str, str | None]:
     if python is None:
         return {name: _version(name) for name in PACKAGES}
     command = [python, "-c", _VERSIONS, *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    if done.returncode:
-        raise ValueError(f"{python} does not run: {(done.stderr.splitlines() or [''])[-1]}")
-    return json.loads(done.stdout)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return json.loads(done.stdout)
+    except subprocess.CalledProcessError as error:
+        why = (error.stderr.splitlines() or [str(error)])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    raise ValueError(f"cluster.python: {python} does not run: {why}")
+
+
+@cache
+def versions_on_node(python: str | None) -> dict[str, str | None]:
+    """The same where runs are started; none of an interpreter that does not run there, so that its
+    own runs fail, and not all of a job."""
+    try:
+        return versions(python)
+    except ValueError:
+        return {}
 
 
 def libraries(backend: str, device_name: str) -> tuple[str, ...]:

@@ -184,7 +184,8 @@ def sweep(
             running[executor.submit(job.path, slot)] = job
         except (OSError, Unsupported) as error:  # an interpreter or devices that are not there
             running[""] = job
-            end("", _not_started(store, job, error))
+            python = cluster.interpreter(planned.run.backend)
+            end("", _not_started(store, job, error, python))
             return
         result.num_started += 1
 
@@ -219,9 +220,13 @@ def sweep(
     return result
 
 
-def _not_started(store: Path, job: _Running, error: OSError | Unsupported) -> Record:
+def _not_started(
+    store: Path, job: _Running, error: OSError | Unsupported, python: str | None
+) -> Record:
     is_unsupported = isinstance(error, Unsupported)
     reason = str(error) if is_unsupported else f"cannot be started: {error}"
+    if python is not None and not is_unsupported and error.filename == python:
+        reason = f"cluster.python.{job.task.run.backend}: {reason}"
     record = _killed(store, job, "unsupported" if is_unsupported else "failed", reason)
     _write(store, record)
     return record
@@ -300,7 +305,7 @@ def _task(planned: Planned, session: str, python: str | None, token: str) -> Tas
         owner=claims.ourselves() | {"token": token},
         found={
             "build_device": provenance.device_name(planned.run.device_kind),
-            "versions": provenance.versions(python),
+            "versions": provenance.versions_on_node(python),
         },
         costs=planned.costs,
         block=f"{planned.block}-{session}" if planned.block else None,

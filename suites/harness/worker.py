@@ -193,7 +193,7 @@ def _here(store: Path, item: Planned, cluster: Cluster) -> Planned:
             run.suite,
             run.backend,
             provenance.device_name(run.device_kind),
-            provenance.versions(cluster.interpreter(run.backend)),
+            provenance.versions_on_node(cluster.interpreter(run.backend)),
         ),
         attempts=tuple(record["attempt"] for record in plan.attempts(store, run.run_id)),
     )
