@@ -126,6 +126,23 @@ def test_a_job_that_cannot_be_closed_stays_open_and_the_next_is_settled(stub, sc
     assert (view.jobs, view.troubles) == ([], [])
 
 
+def test_an_array_that_is_found_and_cannot_be_written_down_stops_no_look(
+    stub, schedulers, monkeypatch
+):
+    lost, other = submit(stub, "slurm", job_id=None), submit(stub, "local")
+    schedulers["slurm"].find = lambda made, array: "9"
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Submission, "remember_job_id", full)
+        assert [job.made.id for job in reconcile.reconcile(stub).jobs] == [lost.id]
+    assert other.memory()["is_settled"]
+    reconcile.reconcile(stub)
+    assert lost.job_id(0) == "9"
+
+
 WAIT_S = 100.0
 TIMEOUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 LIMIT = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy"

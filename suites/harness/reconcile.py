@@ -135,7 +135,8 @@ def _adopt(made: Submission, executor: str) -> None:
         if made.cluster(number).executor != executor or made.job_id(number) is not None:
             continue
         if (job_id := launch.launcher(executor).find(made, number)) is not None:
-            made.remember_job_id(number, job_id)
+            with suppress(OSError):  # a full disk, or another user's folder: it is found again
+                made.remember_job_id(number, job_id)
 
 
 def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
