@@ -143,6 +143,18 @@ def test_an_array_that_is_found_and_cannot_be_written_down_stops_no_look(
     assert lost.job_id(0) == "9"
 
 
+def test_an_array_that_was_refused_is_looked_for_until_that_is_settled(stub, schedulers):
+    made, asked = submit(stub, "slurm", "slurm", job_id=None), []
+    made.remember_refusal(0, LIMIT)
+    made.remember_job_id(1, "9")
+    running = Seen(state="RUNNING", is_in_queue=True, name=made.job_name(1))
+    schedulers["slurm"].jobs = {"9_0": running}
+    schedulers["slurm"].find = lambda made, array: asked.append(array)
+    for _ in range(3):
+        assert states_of(stub) == ["running"]
+    assert asked == [0]
+
+
 WAIT_S = 100.0
 TIMEOUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 LIMIT = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy"

@@ -25,7 +25,7 @@ from suites.harness.plan import Planned
 from suites.harness.record import Record, record_path, write
 from suites.harness.slurm import Seen, Unreachable
 from suites.harness.states import Memory, TaskState
-from suites.harness.submission import Submission
+from suites.harness.submission import Array, Submission
 from suites.harness.sweep import block_claim, units
 
 ORPHAN_S = 600.0  # from a submitter's last sign of life, until what it left is given up
@@ -65,14 +65,19 @@ def reconcile(store: Path) -> View:
     """Settles the jobs that have ended; returns those that have not. One query for all of Slurm's,
     none where nothing is left to ask about."""
     view, now = View(), time.time()
-    open_ones = [one for one in submission.read(store) if not one.memory().get("is_settled")]
+    kept = [(one, one.memory()) for one in submission.read(store)]
+    open_ones = [
+        (one, set(memory.get("settled", ())))
+        for one, memory in kept
+        if not memory.get("is_settled")
+    ]
     seen: dict[str, Seen] = {}
     silent: dict[str, str] = {}
     others: list[str] = []
     for executor in ("local", "slurm"):
         try:
-            for made in open_ones:
-                _adopt(made, executor)
+            for made, settled in open_ones:
+                _adopt(made, settled, executor)
             job_ids = _job_ids(open_ones, executor)
             if executor == "slurm":
                 others = _other_jobs(store, job_ids)
@@ -82,7 +87,7 @@ def reconcile(store: Path) -> View:
         except Unreachable as error:
             silent[executor] = str(error)
     view.silent = silent.get("slurm")
-    for made in open_ones:
+    for made, _ in open_ones:
         view.jobs += _settle(made, seen, now, silent, view.troubles)
     _release_dead(store, others, seen, now, is_answered="slurm" not in silent)
     claims.sweep_up(store)
@@ -127,11 +132,14 @@ def open_attempts(store: Path, run_id: str) -> Iterator[Task]:
                 yield task
 
 
-def _adopt(made: Submission, executor: str) -> None:
+def _adopt(made: Submission, settled: set[str], executor: str) -> None:
     """Finds the arrays whose submitter was killed between sbatch and its bookkeeping, and those
-    that were taken although sbatch says that they were not: its answer was too late."""
+    that were taken although sbatch says that they were not: its answer was too late. Slurm is asked
+    for each, until it is settled that there is none."""
     for array in made.arrays:
         number = array.number
+        if settled.issuperset(_names(array)):
+            continue
         if made.cluster(number).executor != executor or made.job_id(number) is not None:
             continue
         if (job_id := launch.launcher(executor).find(made, number)) is not None:
@@ -139,19 +147,22 @@ def _adopt(made: Submission, executor: str) -> None:
                 made.remember_job_id(number, job_id)
 
 
-def _job_ids(open_ones: list[Submission], executor: str) -> list[str]:
+def _names(array: Array) -> set[str]:
+    return {f"{array.number}_{index}" for index in range(array.num_jobs)}
+
+
+def _job_ids(open_ones: list[tuple[Submission, set[str]]], executor: str) -> list[str]:
     """Of Slurm's jobs that are not settled, by name: accounts are asked only about them. Elsewhere
     of their arrays."""
     found = []
-    for made in open_ones:
-        settled = set(made.memory().get("settled", ()))
+    for made, settled in open_ones:
         for array in made.arrays:
-            names = {f"{array.number}_{index}" for index in range(array.num_jobs)}
+            names = _names(array) - settled
             job_id = made.job_id(array.number)
             is_asked = made.cluster(array.number).executor == executor and job_id is not None
             if is_asked and executor == "slurm":
-                found += [f"{job_id}_{name.partition('_')[2]}" for name in names - settled]
-            elif is_asked and names - settled:
+                found += [f"{job_id}_{name.partition('_')[2]}" for name in names]
+            elif is_asked and names:
                 found.append(job_id)
     return found
 
