@@ -129,7 +129,10 @@ def test_a_job_that_no_node_could_start_is_released_a_few_times():
 
 def test_what_is_remembered_goes_through_a_file():
     _, memory = at(seen("NODE_FAIL", node="gpu1"), Memory(), 0.0)
-    assert Memory(**json.loads(json.dumps(vars(memory)))) == memory
+    kept = json.loads(json.dumps(vars(memory)))
+    assert Memory.of(kept) == memory
+    later = kept | {"new": 1, "last": kept["last"] | {"new": 1}}
+    assert Memory.of(later).seen == memory.seen
     assert memory.seen == seen("NODE_FAIL", node="gpu1")
 
 

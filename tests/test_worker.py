@@ -1,6 +1,7 @@
 """What a job still has to measure, by the records that are there; and how one on this machine is
 stopped."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from stub_suite import stub_run
 
-from suites.harness import claims, plan
+from suites.harness import claims, plan, reconcile, submission, worker
 from suites.harness.cluster import Cluster
 from suites.harness.execute import Task
+from suites.harness.pack import Job
 from suites.harness.record import read_all, write
 from suites.harness.sweep import BLOCK, Stop, sweep
 from suites.harness.worker import pending
@@ -113,6 +115,29 @@ def test_an_interpreter_that_a_node_lacks_fails_its_own_runs_alone(stub):
     assert plan.outcomes_of_build(stub, planned) == ["failed"]
     with pytest.raises(ValueError, match=f"^cluster.python: {missing} does not run: "):
         plan.plan(stub, [planned.run], lambda run: missing)
+
+
+def job(store, given, executor):
+    cluster = replace(HERE, executor=executor)
+    made = submission.intend(store, title="stub", command="a test", snapshot=store,
+                             packed=[(cluster, [[Job(given)]])], left=[])  # fmt: skip
+    return worker.Job(made, 0, 0)
+
+
+def test_a_job_of_an_older_copy_of_the_code_outlives_files_of_a_later_one(stub, monkeypatch):
+    monkeypatch.setattr(worker, "OTHERS_S", 0.0)
+    given = plan.plan(stub, [stub_run()])
+    ours, later = job(stub, given, "local"), job(stub, given, "local").made
+    path = later.folder / "submission.json"
+    values = json.loads(path.read_text())
+    values["clusters"][0]["new"] = 1
+    path.write_text(json.dumps(values))
+    assert ours.let_others(0)
+    task = stub / "runs" / given[0].run.run_id / ".task-later.json"
+    task.parent.mkdir(parents=True)
+    task.write_text(json.dumps(Task(run=given[0].run, build="", attempt="", parent_pid=0).to_json()
+                               | {"new": 1}))  # fmt: skip
+    assert not list(reconcile.open_attempts(stub, given[0].run.run_id))
 
 
 @pytest.mark.parametrize("count", [1, 2])

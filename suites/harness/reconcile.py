@@ -29,6 +29,7 @@ from suites.harness.submission import Array, Submission
 from suites.harness.sweep import block_claim, units
 
 ORPHAN_S = 600.0  # from a submitter's last sign of life, until what it left is given up
+UNREADABLE = (ValueError, TypeError, KeyError)  # what files of a later version may raise
 GONE = ("node_failure", "its process is gone, and the cause is not known")
 SBATCH_S = 120.0  # the same where it is known to be dead, and its sbatch may still talk
 
@@ -126,7 +127,7 @@ def write_unsupported(store: Path, item: Planned, reason: str) -> None:
 def open_attempts(store: Path, run_id: str) -> Iterator[Task]:
     """Attempts that were begun, and have no record."""
     for path in sorted((store / "runs" / run_id).glob(".task-*.json")):
-        with suppress(OSError, ValueError):  # it ends just now
+        with suppress(OSError, *UNREADABLE):  # it ends just now, or is a later version's
             task = Task.from_json(json.loads(path.read_text(encoding="utf-8")))
             if not record_path(store, run_id, task.attempt).exists():
                 yield task
@@ -194,7 +195,7 @@ def _is_over(place: Path, one: Seen | None, now: float, is_answered: bool) -> bo
         kept = json.loads(place.read_text(encoding="utf-8"))
     state, memory = states.look(
         one,
-        Memory(**kept),
+        Memory.of(kept),
         now=now,
         beat_age_s=None,
         lost_after_s=ORPHAN_S,
@@ -235,14 +236,14 @@ def _settle(
         one = seen.get(f"{job_id}_{index}") or seen.get(job_id)
         if one is not None and one.name not in ("", made.job_name(array)):
             one = None  # of this number, and not ours
-        if states.must_release(one, Memory(**looks.get(name, {}))):
+        if states.must_release(one, Memory.of(looks.get(name, {}))):
             held.append(f"{job_id}_{index}")
         beat = beats.get((array, index))
         has_said = beat is not None and "ended_at" in beat  # its last word: all is written
         is_here = cluster.executor == "local"  # whose processes are there, or are not
         state, memory = states.look(
             one,
-            Memory(**looks.get(name, {})),
+            Memory.of(looks.get(name, {})),
             now=now,
             beat_age_s=None if beat is None or has_said or is_here else now - beat["at"],
             lost_after_s=0.0 if has_said or is_here else cluster.lost_after_s,

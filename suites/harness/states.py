@@ -7,8 +7,9 @@ worker giving no sign of life. The record of a run decides; a verdict is for run
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any
 
 from suites.harness import slurm
 from suites.harness.plan import FINISHED
@@ -57,7 +58,17 @@ class Memory:
 
     @property
     def seen(self) -> Seen | None:
-        return Seen(**self.last) if self.last else None
+        return Seen(**_known(Seen, self.last)) if self.last else None
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> "Memory":
+        """Without what a later version keeps: jobs run from older copies of the code."""
+        return cls(**_known(cls, kept))
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def look(

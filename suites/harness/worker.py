@@ -71,7 +71,8 @@ class Job:
         end = time.monotonic() + OTHERS_S
         while time.monotonic() < end and self.watch() is None:
             time.sleep(0.5)
-        reconcile.reconcile(self.made.store)
+        with contextlib.suppress(OSError, *reconcile.UNREADABLE):  # of others: whoever can, will
+            reconcile.reconcile(self.made.store)
         return self.watch() is None and (num_started > 0 or self.cluster.executor == "local")
 
     def beat(self, **more: object) -> None:
