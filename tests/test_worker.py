@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 import pytest
 from stub_suite import stub_run
 
-from suites.harness import claims, plan, reconcile, submission, worker
+from suites.harness import claims, plan, reconcile, slurm, submission, worker
 from suites.harness.cluster import Cluster
-from suites.harness.execute import Task
+from suites.harness.execute import Task, new_attempt
 from suites.harness.pack import Job
 from suites.harness.record import read_all, write
-from suites.harness.sweep import BLOCK, Stop, sweep
+from suites.harness.sweep import BLOCK, Result, Stop, sweep
 from suites.harness.worker import pending
 
 HERE = Cluster(name="here", executor="local")
@@ -138,6 +139,22 @@ def test_a_job_of_an_older_copy_of_the_code_outlives_files_of_a_later_one(stub, 
     task.write_text(json.dumps(Task(run=given[0].run, build="", attempt="", parent_pid=0).to_json()
                                | {"new": 1}))  # fmt: skip
     assert not list(reconcile.open_attempts(stub, given[0].run.run_id))
+
+
+def test_a_job_is_started_again_whose_last_run_was_told_to_stop_before_it(stub, monkeypatch):
+    """A signal that is for all processes may reach the run first, which then stops itself."""
+    given = plan.plan(stub, [stub_run()])
+    ours, asked = job(stub, given, "slurm"), []
+
+    def stopped(store, todo, cluster, watch):
+        record(store, todo[0], new_attempt(), "preempted")
+        threading.Timer(0.3, ours._note, (signal.SIGUSR2, None)).start()
+        return Result(outcomes={todo[0].run.run_id: "preempted"}, num_started=1)
+
+    monkeypatch.setattr(worker, "sweep", stopped)
+    monkeypatch.setattr(slurm, "requeue", asked.append)
+    assert worker.work(ours).is_interrupted
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -24,7 +24,7 @@ from suites.harness.cluster import Cluster
 from suites.harness.execute import utc_now
 from suites.harness.plan import Planned
 from suites.harness.submission import Submission
-from suites.harness.sweep import Result, Stop, sweep, units
+from suites.harness.sweep import NEWS_S, Result, Stop, sweep, units
 
 BEAT_S = 15.0  # between two signs of life
 OTHERS_S = 30.0  # between two looks at runs that another job measures
@@ -63,6 +63,14 @@ class Job:
         """Whether Slurm may be asked to start this job again: nobody has cancelled it."""
         is_cancelled = self._stop is not None and self._stop.outcome == "cancelled"
         return self.cluster.executor == "slurm" and not is_cancelled
+
+    def was_told_late(self, result: Result) -> bool:
+        """Whether the job was told to stop as its sweep ended: a signal for all its processes may
+        reach the last run, which then stops itself, before it reaches us."""
+        end = time.monotonic() + (NEWS_S if "preempted" in result.outcomes.values() else 0.0)
+        while self.watch() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.watch() is not None
 
     def let_others(self, num_started: int) -> bool:
         """Waits a while for others that measure what is left of this job's runs, and gives back
@@ -125,6 +133,7 @@ def work(job: Job) -> Result:
     while todo := pending(store, given, cluster):
         lanes = replace(cluster, runs_in_parallel=pack.num_lanes(cluster, todo[0].run))
         result = sweep(store, todo, lanes, watch=job.watch)
+        result.is_interrupted |= job.was_told_late(result)
         if result.is_interrupted or not result.elsewhere:
             break
         result.is_interrupted = not job.let_others(result.num_started)
