@@ -258,9 +258,10 @@ def without_block(store, run):
     return replace(planned, block=None, order=None)
 
 
-def started(store, run, **options):
+def started(store, run, *, block=None, **options):
     """A child that has begun to measure, its task and its executor."""
-    task = Task(run=run, build="planned", attempt=new_attempt(), parent_pid=os.getpid())
+    task = Task(run=run, build="planned", attempt=new_attempt(), parent_pid=os.getpid(),
+                block=block)  # fmt: skip
     path = record_path(store, run.run_id, f".task-{task.attempt}")
     write_atomically(path, json.dumps(task.to_json()))
     executor = executors.Local(store, **options)
@@ -321,6 +322,15 @@ def test_a_run_that_is_told_to_stop_ends_as_preempted(stub, what):
     if what == "train":
         (segment,) = record.provenance["segments"]
         assert f"step {segment['end_step']} is kept" in record.reason
+
+
+def test_a_timing_run_leaves_its_end_to_who_started_it(stub):
+    """It would call itself preempted where its job's time is over, and be tried again 100 times."""
+    executor, handle, _ = started(stub, train_run(20), block="one")
+    executor.stop(handle)
+    assert ended(executor, handle).returncode == 0
+    (record,) = read_all(stub)
+    assert record.outcome == "completed"
 
 
 def test_sigterm_ends_a_child_without_a_record(stub):

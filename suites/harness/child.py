@@ -21,11 +21,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(store: Path, path: Path) -> bool:
     """Whether the run has ended as a record, or this rank as it should."""
     rank_0 = os.environ.get(ranks.PARENT)  # its process, which has started this one
-    if rank_0 is None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if rank_0 is not None:
+        ranks.heed_rank_0_alone()
+    elif values["block"] is None:
         stop.listen()
     else:
-        ranks.heed_rank_0_alone()
-    values = json.loads(path.read_text(encoding="utf-8"))
+        stop.ignore()
     _die_with(values["parent_pid"] if rank_0 is None else int(rank_0))
     with contextlib.suppress(OSError):  # no such file outside of Linux
         Path("/proc/self/oom_score_adj").write_text("1000")
