@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from stub_suite import stub_run
 
-from suites.harness import claims, plan, reconcile, slurm, submission, worker
+from suites.harness import claims, launch, plan, reconcile, slurm, submission, worker
 from suites.harness.cluster import Cluster
 from suites.harness.execute import Task, new_attempt
 from suites.harness.pack import Job
@@ -155,6 +155,19 @@ def test_a_job_is_started_again_whose_last_run_was_told_to_stop_before_it(stub, 
     monkeypatch.setattr(slurm, "requeue", asked.append)
     assert worker.work(ours).is_interrupted
     assert len(asked) == 1
+
+
+def test_a_run_is_not_taken_for_the_process_of_its_array(stub, monkeypatch):
+    given, found = plan.plan(stub, [stub_run("second")]), []
+    made = job(stub, given, "local").made
+    monkeypatch.setenv("AERIE_JOB", made.job_name(0))
+
+    def watch():
+        found.append(launch.ThisMachine().find(made, 0))
+
+    assert sweep(stub, given, HERE, watch=watch).num_started == 1
+    assert len(found) > 2
+    assert set(found) == {None}
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -25,6 +25,10 @@ from suites.harness.measure import STARTED_VARIABLE
 from suites.harness.run import Run
 
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
+NOT_INHERITED = (
+    "TRITON_INTERPRET",  # read where a kernel is defined: the user's own would interpret all
+    "AERIE_JOB",  # names the process of an array (see launch.py), which a run is not
+)
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,7 @@ def environment(cores: list[int], run: Run, dumps: str | None = None) -> dict[st
         pinned |= topology.environment(dumps)
     if run.device_kind == CPU or run.workload.topology is not None:
         pinned |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    # Read where a kernel is defined: one that the user's own environment holds would interpret all.
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    inherited = {key: value for key, value in os.environ.items() if key not in NOT_INHERITED}
     return inherited | pinned | ({"TRITON_INTERPRET": "1"} if run.kernels.interpret else {})
 
 
