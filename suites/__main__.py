@@ -287,9 +287,9 @@ def doctor(
 ) -> None:
     """Say what this machine has; with cluster=NAME whether that cluster takes our jobs."""
     if overrides:
-        from suites import doctor
+        from suites.doctor import command
 
-        code = doctor.doctor(
+        code = command.doctor(
             overrides, results, timeout_s=timeout, with_job=not no_job, as_json=as_json
         )
     elif no_job:

@@ -14,13 +14,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from implementations.config import build
-from suites import doctor
 from suites.__main__ import main
-from suites.doctor import OK, PROBLEM, WARNING, Finding
-from suites.harness import examine, provenance, talk
+from suites.doctor import command, endings, examine, node, site, storage, talk
+from suites.doctor.finding import OK, PROBLEM, WARNING, Finding
+from suites.doctor.talk import Heard, Round
+from suites.harness import provenance
 from suites.harness.cluster import Cluster
 from suites.harness.slurm import Limits, Partition
-from suites.harness.talk import Heard, Round
 
 SMALL = ("cluster=slurm_cpu", "cluster.mem=1G", "cluster.cpus_per_task=1", "cluster.view_s=1")
 CLUSTER = Cluster(name="here", executor="slurm")
@@ -186,7 +186,7 @@ def test_a_wrong_request_is_one_line(words, said, capsys, tmp_path):
 
 def test_where_there_is_no_slurm_it_says_where_to_go(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    code = doctor.doctor(["cluster=slurm_cpu"], tmp_path / "store", as_json=True)
+    code = command.doctor(["cluster=slurm_cpu"], tmp_path / "store", as_json=True)
     told = Told(code, capsys.readouterr().out)
     assert told.code == 1
     assert told.found("commands") == "no sbatch, squeue, scontrol, scancel, srun"
@@ -194,10 +194,10 @@ def test_where_there_is_no_slurm_it_says_where_to_go(tmp_path, monkeypatch, caps
 
 
 def test_a_controller_that_does_not_answer_is_a_problem(tmp_path, monkeypatch, capsys):
-    for name in doctor.COMMANDS:
+    for name in site.COMMANDS:
         script(tmp_path / name, "echo Unable to contact slurm controller >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    code = doctor.doctor(["cluster=slurm_cpu"], tmp_path / "store", as_json=True)
+    code = command.doctor(["cluster=slurm_cpu"], tmp_path / "store", as_json=True)
     told = Told(code, capsys.readouterr().out)
     assert told.code == 1
     assert told.verdict("Slurm") == PROBLEM
@@ -206,7 +206,7 @@ def test_a_controller_that_does_not_answer_is_a_problem(tmp_path, monkeypatch, c
 
 def test_a_folder_that_cannot_be_made_is_a_problem(tmp_path):
     (tmp_path / "file").touch()
-    (finding,) = doctor._store(tmp_path / "file" / "store")
+    (finding,) = storage.look(tmp_path / "file" / "store")
     assert finding.verdict == PROBLEM
 
 
@@ -215,7 +215,7 @@ def test_links_that_cannot_be_made_are_a_problem(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    finding = doctor._operations(tmp_path)
+    finding = storage._operations(tmp_path)
     assert finding.found == "a hard link fails: Operation not supported"
     assert finding.verdict == PROBLEM
     assert not os.listdir(tmp_path)
@@ -225,12 +225,12 @@ def test_a_quota_is_read(tmp_path, monkeypatch):
     table = "Disk quotas for user one (uid 1000):\n  Filesystem blocks quota limit grace files\n"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     script(tmp_path / "quota", f"printf '{table} srv:/home 9437184* 9000000 9961472 6d 7 0 0\n'")
-    finding = doctor._quota("nfs4", "/home")
+    finding = storage._quota("nfs4", "/home")
     assert finding == Finding("quota", "9.00 GiB of 8.58 GiB", WARNING, finding.advice)
     script(tmp_path / "lfs", "printf ' /work 1048576 0 0 - 11 0 0 -\n'")
-    assert doctor._quota("lustre", "/work") == Finding("quota", "1.00 GiB no limit", OK)
+    assert storage._quota("lustre", "/work") == Finding("quota", "1.00 GiB no limit", OK)
     script(tmp_path / "quota", "echo none; exit 1")
-    assert doctor._quota("nfs4", "/home") is None
+    assert storage._quota("nfs4", "/home") is None
 
 
 @pytest.mark.parametrize(
@@ -248,17 +248,17 @@ def test_a_quota_is_read(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_preemption_is_judged_by_what_a_job_needs(limits, verdict, said):
     limits = replace(LIMITS, **limits)
-    finding = doctor._preemption("cpu", limits.partitions["cpu"], CLUSTER, limits)
+    finding = endings.preemption("cpu", limits.partitions["cpu"], CLUSTER, limits)
     assert finding.verdict == verdict
     assert said in finding.found
 
 
 def test_a_short_grace_names_the_setting_that_fits():
     limits = replace(LIMITS, partitions={"cpu": Partition(preempt_mode="REQUEUE", grace_s=30)})
-    finding = doctor._preemption("cpu", limits.partitions["cpu"], CLUSTER, limits)
+    finding = endings.preemption("cpu", limits.partitions["cpu"], CLUSTER, limits)
     assert finding.advice.endswith("set cluster.stop_warning_s=60")
     fits = replace(CLUSTER, stop_warning_s=60)
-    assert doctor._preemption("cpu", limits.partitions["cpu"], fits, limits).verdict == OK
+    assert endings.preemption("cpu", limits.partitions["cpu"], fits, limits).verdict == OK
 
 
 @pytest.mark.parametrize(
@@ -271,20 +271,20 @@ def test_a_short_grace_names_the_setting_that_fits():
     ],
 )
 def test_times_that_cannot_work_together_are_said(settings, said):
-    finding, kill_wait = doctor._times(replace(CLUSTER, **settings), LIMITS)
+    finding, kill_wait = endings.times(replace(CLUSTER, **settings), LIMITS)
     assert finding.verdict == (WARNING if said else OK)
     assert said in finding.advice
     assert kill_wait.verdict == OK
 
 
 def test_limits_of_the_site_are_judged():
-    assert doctor._array_size(replace(CLUSTER, max_array_size=2000), LIMITS).verdict == PROBLEM
-    assert doctor._array_size(CLUSTER, replace(LIMITS, max_array_size=0)).verdict == PROBLEM
+    assert site._array_size(replace(CLUSTER, max_array_size=2000), LIMITS).verdict == PROBLEM
+    assert site._array_size(CLUSTER, replace(LIMITS, max_array_size=0)).verdict == PROBLEM
     full = replace(LIMITS, max_submit_jobs=4, num_queued=4)
-    assert doctor._queue(CLUSTER, full).verdict == WARNING
-    assert doctor._queue(CLUSTER, replace(full, num_queued=3)).verdict == OK
-    assert doctor._version("20.02.7").verdict == WARNING
-    assert doctor._version("25.05.0").verdict == OK
+    assert site._queue(CLUSTER, full).verdict == WARNING
+    assert site._queue(CLUSTER, replace(full, num_queued=3)).verdict == OK
+    assert site._version("20.02.7").verdict == WARNING
+    assert site._version("25.05.0").verdict == OK
 
 
 def test_the_clock_of_a_node_is_bounded_by_what_was_seen():
@@ -292,13 +292,13 @@ def test_the_clock_of_a_node_is_bounded_by_what_was_seen():
     rounds = [Round(0.0, 101.0, 101.5, 4.5), Round(10.0, 112.0, 112.0, 13.0)]
     low, high = talk.skew(rounds)
     assert (low, high) == (99.0, 101.0)
-    renames, clock = doctor._clocks(rounds, CLUSTER)
+    renames, clock = node._clocks(rounds, CLUSTER)
     assert renames.verdict == OK
     assert clock.found == "+100.000 s, at most 1.000 s off"
     assert clock.verdict == WARNING
-    _, clock = doctor._clocks(rounds, replace(CLUSTER, lost_after_s=110.0))
+    _, clock = node._clocks(rounds, replace(CLUSTER, lost_after_s=110.0))
     assert clock.verdict == PROBLEM
-    renames, _ = doctor._clocks(rounds, replace(CLUSTER, view_s=2.0))
+    renames, _ = node._clocks(rounds, replace(CLUSTER, view_s=2.0))
     assert renames.verdict == PROBLEM
 
 
@@ -318,33 +318,33 @@ H100 = "NVIDIA H100 80GB HBM3"
 def test_devices_of_a_node_are_what_the_cluster_says(devices, platform, verdict, said):
     version = provenance.versions()["jax"]
     found = {"devices": devices, "platform": platform, "version": version}
-    (finding,) = doctor._engine("jax", found, GPUS)
+    (finding,) = node._engine("jax", found, GPUS)
     assert finding.verdict == verdict
     assert said in finding.advice
 
 
 def test_another_version_on_the_node_is_a_problem():
     found = {"devices": ["cpu"], "platform": "cpu", "version": "0.0.1"}
-    (finding,) = doctor._engine("jax", found, CLUSTER)
+    (finding,) = node._engine("jax", found, CLUSTER)
     assert finding.verdict == PROBLEM
     assert "older build" in finding.advice
 
 
 def test_cores_memory_and_scratch_are_judged():
     cluster = replace(CLUSTER, cpus_per_task=8, mem="4G")
-    assert doctor._cores(8, "a", cluster).verdict == OK
-    assert doctor._cores(4, "a", cluster).verdict == WARNING
-    assert doctor._cores(64, "a", cluster).verdict == WARNING
-    assert doctor._cores(64, "a", replace(cluster, sbatch={"exclusive": True})).verdict == OK
-    assert doctor._memory(4 * 2**30, cluster).verdict == OK
-    assert doctor._memory(2 * 2**30, cluster).verdict == WARNING
-    assert [doctor.mem_bytes(text) for text in ("2G", "512", "0", None)] == [
+    assert node._cores(8, "a", cluster).verdict == OK
+    assert node._cores(4, "a", cluster).verdict == WARNING
+    assert node._cores(64, "a", cluster).verdict == WARNING
+    assert node._cores(64, "a", replace(cluster, sbatch={"exclusive": True})).verdict == OK
+    assert node._memory(4 * 2**30, cluster).verdict == OK
+    assert node._memory(2 * 2**30, cluster).verdict == WARNING
+    assert [node.mem_bytes(text) for text in ("2G", "512", "0", None)] == [
         2 * 2**30, 512 * 2**20, None, None,
     ]  # fmt: skip
     scratch = {"asked": "/s", "folder": "/s", "file_system": "xfs", "free_bytes": 2**40}
 
     def judged(**more) -> str:
-        (finding,) = doctor._scratch(scratch | more, replace(CLUSTER, scratch="$TMP"))
+        (finding,) = node._scratch(scratch | more, replace(CLUSTER, scratch="$TMP"))
         return finding.verdict
 
     assert judged() == OK
@@ -352,20 +352,20 @@ def test_cores_memory_and_scratch_are_judged():
 
 
 def test_a_node_without_scontrol_cannot_start_its_job_again():
-    (finding,) = doctor._scontrol({"error": "scontrol is not found"}, CLUSTER)
+    (finding,) = node._scontrol({"error": "scontrol is not found"}, CLUSTER)
     assert finding.verdict == WARNING
     assert "aerie submit" in finding.advice
 
 
 def test_a_job_that_said_nothing_names_what_a_node_must_see():
-    finding = doctor._job(Heard("7", last_words="no module"), CLUSTER, Path("/store"))
+    finding = node._job(Heard("7", last_words="no module"), CLUSTER, Path("/store"))
     assert finding.verdict == PROBLEM
     assert "/store" in finding.advice
 
 
 def test_the_nodes_side_needs_the_standard_library_alone():
     code = (
-        "import sys; before = set(sys.modules)\nimport suites.harness.examine\n"
+        "import sys; before = set(sys.modules)\nimport suites.doctor.examine\n"
         "names = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(*names - sys.stdlib_module_names)"
     )

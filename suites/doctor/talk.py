@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suites.harness import examine, launch, pack, slurm, submission
+from suites.doctor import examine
+from suites.harness import launch, pack, slurm, submission
 from suites.harness.cluster import Cluster
 from suites.harness.slurm import Seen
 from suites.harness.submission import Submission
 
-EXAMINE = "suites.harness.examine"
+EXAMINE = "suites.doctor.examine"
 JOB_MIN = 5  # that the job may take: it takes one where nothing is slow
 ANSWER_S = 120.0  # that Python may take to begin, and Slurm to end a job after its time
 LOOK_S = 0.05  # between two looks at the store, POLL_S at the queue

@@ -1,4 +1,4 @@
-"""The node's side of `aerie doctor`, started as a job: `python -m suites.harness.examine FOLDER`.
+"""The node's side of `aerie doctor`, started as a job: `python -m suites.doctor.examine FOLDER`.
 
 It answers files of the login node with files, looks round, and says what it finds in
 FOLDER/node.json, step by step: what ends it too early is then known to the step. It needs the

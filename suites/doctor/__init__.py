@@ -1,0 +1,1 @@
+"""`aerie doctor cluster=NAME`: what would go wrong with runs on a cluster, said before it does."""
