@@ -280,9 +280,12 @@ def test_times_that_cannot_work_together_are_said(settings, said):
 def test_limits_of_the_site_are_judged():
     assert site._array_size(replace(CLUSTER, max_array_size=2000), LIMITS).verdict == PROBLEM
     assert site._array_size(CLUSTER, replace(LIMITS, max_array_size=0)).verdict == PROBLEM
-    full = replace(LIMITS, max_submit_jobs=4, num_queued=4)
+    assert site._queue(CLUSTER, LIMITS).found == "0 of yours; no limit known"
+    full = replace(LIMITS, submit_limits={"MaxJobCount": 9, "MaxSubmit of qos a": 4}, num_queued=4)
     assert site._queue(CLUSTER, full).verdict == WARNING
-    assert site._queue(CLUSTER, replace(full, num_queued=3)).verdict == OK
+    free = site._queue(replace(CLUSTER, max_submit=5), replace(full, num_queued=3))
+    said = "3 of yours; cluster.max_submit 5, MaxJobCount 9, MaxSubmit of qos a 4"
+    assert free == Finding("queue", said, OK)
     assert site._version("20.02.7").verdict == WARNING
     assert site._version("25.05.0").verdict == OK
 

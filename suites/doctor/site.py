@@ -137,15 +137,11 @@ def _array_size(cluster: Cluster, limits: Limits) -> Finding:
 
 
 def _queue(cluster: Cluster, limits: Limits) -> Finding:
-    known = {
-        "cluster.max_submit": cluster.max_submit,
-        "MaxSubmitJobs": limits.max_submit_jobs,
-        "MaxJobCount": limits.max_job_count,
-    }
-    words = [f"{name} {value}" for name, value in known.items() if value is not None]
+    own = {} if cluster.max_submit is None else {"cluster.max_submit": cluster.max_submit}
+    known = own | limits.submit_limits
+    words = [f"{name} {value}" for name, value in known.items()]
     found = f"{limits.num_queued} of yours; {', '.join(words) or 'no limit known'}"
-    least = min((value for value in known.values() if value is not None), default=None)
-    if least is not None and limits.num_queued >= least:
+    if limits.num_queued >= min(known.values(), default=float("inf")):
         advice = "full: what does not fit is kept, and goes with the next aerie submit"
         return Finding("queue", found, WARNING, advice)
     return Finding("queue", found, OK)

@@ -111,9 +111,7 @@ class Limits:
 
     version: str | None = None
     max_array_size: int | None = None  # one more than the highest index
-    max_job_count: int | None = None
-    max_submit_jobs: int | None = None  # of this user, every job of an array; of all, where less
-    submit_limits: dict[str, int] = field(default_factory=dict)  # of which it is the least, by name
+    submit_limits: dict[str, int] = field(default_factory=dict)  # of jobs in the queue, by name
     num_queued: int = 0  # of this user, now
     may_requeue: bool | None = None  # the default of jobs that do not ask
     preempt_type: str | None = None
@@ -255,8 +253,6 @@ def limits(
     return Limits(
         version=config.get("SLURM_VERSION"),
         max_array_size=_int(config.get("MaxArraySize")),
-        max_job_count=max_jobs,
-        max_submit_jobs=min(submit_limits.values(), default=None),
         submit_limits=submit_limits,
         num_queued=len(queued.split()),
         may_requeue={"0": False, "1": True}.get(config.get("JobRequeue", "")),
