@@ -22,7 +22,7 @@ from implementations import cost
 from implementations.engine import Batch, Kernels, Unsupported, load_engine
 from implementations.rank import Rank
 from suites import compose
-from suites.harness import plan, ranks
+from suites.harness import plan, provenance, ranks
 from suites.harness.devices import devices_environment
 from suites.harness.record import read_all
 from suites.harness.run import Run, Workload
@@ -205,7 +205,7 @@ def all_ranks_are_gone() -> bool:
 
 
 def ranks_alive() -> list[int]:
-    """Of this test: they find its suite."""
+    """Of this test: by the first folder of their PYTHONPATH."""
     site = os.environ["PYTHONPATH"].split(os.pathsep)[0]
     found = []
     for place in Path("/proc").glob("[0-9]*"):
@@ -277,8 +277,9 @@ SHORT = {
 
 
 @pytest.mark.slow  # real runs: each rank imports its framework
-def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path):
+def test_a_real_run_whose_rank_is_killed_in_a_collective_names_it(tmp_path, monkeypatch):
     """Steps without end: the other ranks wait for the one that is gone."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(provenance.ROOT))))
     endless = [*SHORT["training_speed"], "suite.repeats=1000000", "backend=torch"]
     killed_at = []
 
