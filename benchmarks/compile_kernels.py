@@ -118,10 +118,9 @@ def rg_lru(dtype: str) -> None:
     from implementations.torch_backend.kernels.rg_lru import rg_lru
 
     for variant, num_sequences in scans():
-        for bias_R in (empty(R), None) if num_sequences == B else (empty(R),):
-            gates = [empty(num_sequences, T, R, dtype=dtype) for _ in range(3)]
-            inputs = (*gates, bias_R, bias_R, empty(R), positions(num_sequences, T))
-            backward(*rg_lru(*inputs, empty(num_sequences, R), variant))
+        gates = [empty(num_sequences, T, R, dtype=dtype) for _ in range(3)]
+        inputs = (*gates, empty(R), empty(R), empty(R), positions(num_sequences, T))
+        backward(*rg_lru(*inputs, empty(num_sequences, R), variant))
 
 
 def scans() -> Iterator[tuple[str, int]]:

@@ -27,21 +27,21 @@ from implementations.engine import Unsupported
 # bytes of bfloat16) of every row of one segment. Within a segment time runs in registers; only what
 # a segment does as a whole, 1 / ROWS of the elements, is scanned across threads. Many channels fill
 # a device by themselves, and segments are only work; the fewer they are, the more of time must be
-# walked at once. So tiles go by how many channels all sequences have at least: each is the fastest,
-# or nearly, of 114 timed on an H100 at 65536, 20480, 8192 and 2560 channels. Chunks are many, and
-# one warp needs no barrier. See results/reference/kernels_h100.
+# walked at once. So tiles go by how many channels all sequences have at least: of 114 timed on an
+# H100, at 65536, 20480, 8192 and 2560 channels, each is nearly the fastest, and spills on no chip.
+# (Some are faster by 4 to 17% that load 8 bytes a thread, or spill on other chips.) Chunks are
+# many, and one warp needs no barrier. See results/reference/kernels_h100.
 TILES = {  # channels at least, then SEGMENTS, ROWS, BLOCK_R, warps and stages
     "forward": (
         (32768, (8, 1, 128, 4, 3)),
-        (16384, (16, 2, 32, 4, 3)),
+        (16384, (8, 1, 32, 1, 4)),
         (4096, (32, 4, 32, 4, 3)),
-        (0, (64, 4, 16, 4, 3)),
+        (0, (64, 2, 16, 4, 3)),
     ),
     "backward": (
         (65536, (4, 1, 128, 2, 3)),
         (16384, (8, 1, 64, 2, 4)),
-        (4096, (16, 2, 32, 4, 4)),
-        (0, (64, 2, 16, 4, 3)),
+        (0, (32, 2, 32, 4, 3)),
     ),
 }
 TILE_OF_CHUNKS = (4, 2, 64, 1, 3)  # of triton_split, in both directions

@@ -74,11 +74,13 @@ def rg_lru(
             f"{tuple(h0_BR.shape)} in {h0_BR.dtype}, and {[tuple(v.shape) for v in of_channels]}."
         )
     decay_R = -DECAY * F.softplus(a_param_R.to(wide))
-    inputs = (x_BTR, a_gate_BTR, input_gate_BTR, a_bias_R, input_bias_R, decay_R)
-    if variant in FUSED:
-        refuse_float64(x_BTR, h0_BR)
-        return _RGLRU.apply(*inputs, position_BT, h0_BR, FUSED[variant])
-    return _composed(*inputs, position_BT, h0_BR, variant)
+    gates, biases = (x_BTR, a_gate_BTR, input_gate_BTR), (a_bias_R, input_bias_R)
+    if variant not in FUSED:
+        return _composed(*gates, *biases, decay_R, position_BT, h0_BR, variant)
+    refuse_float64(x_BTR, h0_BR)
+    if a_bias_R is None:
+        biases = 2 * (h0_BR.new_zeros(R),)
+    return _RGLRU.apply(*gates, *biases, decay_R, position_BT, h0_BR, FUSED[variant])
 
 
 def bounded_sqrt(u: Tensor) -> Tensor:
@@ -131,8 +133,8 @@ class _RGLRU(torch.autograd.Function):
         x_BTR: Tensor,
         a_gate_BTR: Tensor,
         input_gate_BTR: Tensor,
-        a_bias_R: Tensor | None,
-        input_bias_R: Tensor | None,
+        a_bias_R: Tensor,
+        input_bias_R: Tensor,
         decay_R: Tensor,
         position_BT: Tensor,
         h0_BR: Tensor,
@@ -175,13 +177,8 @@ class _RGLRU(torch.autograd.Function):
 
         dh0_BR = in_chunks(launch, dh_BR.contiguous(), T, ctx.chunk_len)
         ddecay_R, da_bias_R, dinput_bias_R = sums_XBCR.sum((1, 2)).unbind(0)
-        if a_bias_R is None:
-            da_bias_R = dinput_bias_R = None
-        else:
-            da_bias_R = da_bias_R.to(a_bias_R.dtype)
-            dinput_bias_R = dinput_bias_R.to(input_bias_R.dtype)
-        return (dx_BTR, da_gate_BTR, dinput_gate_BTR, da_bias_R, dinput_bias_R, ddecay_R,
-                None, dh0_BR, None)  # fmt: skip
+        return (dx_BTR, da_gate_BTR, dinput_gate_BTR, da_bias_R.to(a_bias_R.dtype),
+                dinput_bias_R.to(input_bias_R.dtype), ddecay_R, None, dh0_BR, None)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "chunk_len"])
@@ -189,8 +186,8 @@ def _forward_kernel(
     x_ptr,  # [B, T, R]
     a_gate_ptr,  # [B, T, R]
     input_gate_ptr,  # [B, T, R]
-    a_bias_ptr,  # [R], or None
-    input_bias_ptr,  # [R], or None
+    a_bias_ptr,  # [R]
+    input_bias_ptr,  # [R]
     decay_ptr,  # [R] float32: log a where the recurrence gate is 1
     position_ptr,  # [B, T]
     h0_ptr,  # [B, C, R] float32
@@ -211,8 +208,8 @@ def _forward_kernel(
         T, R, chunk_len, SEGMENTS, BLOCK_R
     )
     decay = tl.load(decay_ptr + channel, mask=inside, other=0.0)
-    a_bias = _bias(a_bias_ptr, channel, inside)
-    input_bias = _bias(input_bias_ptr, channel, inside)
+    a_bias = tl.load(a_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    input_bias = tl.load(input_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
     h = first_state(h0_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
     whole = tl.full((SEGMENTS, BLOCK_R), 1.0, tl.float32)
@@ -251,8 +248,8 @@ def _backward_kernel(
     x_ptr,  # [B, T, R]
     a_gate_ptr,  # [B, T, R]
     input_gate_ptr,  # [B, T, R]
-    a_bias_ptr,  # [R], or None
-    input_bias_ptr,  # [R], or None
+    a_bias_ptr,  # [R]
+    input_bias_ptr,  # [R]
     decay_ptr,  # [R] float32
     position_ptr,  # [B, T]
     h0_ptr,  # [B, R] float32
@@ -284,8 +281,8 @@ def _backward_kernel(
         T, R, chunk_len, SEGMENTS, BLOCK_R
     )
     decay = tl.load(decay_ptr + channel, mask=inside, other=0.0)
-    a_bias = _bias(a_bias_ptr, channel, inside)
-    input_bias = _bias(input_bias_ptr, channel, inside)
+    a_bias = tl.load(a_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    input_bias = tl.load(input_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
     flow = first_state(flow_ptr + of_chunk, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
     h0 = first_state(h0_ptr + batch * R + channel, inside, ONLY_ENDS, SEGMENTS, BLOCK_R)
@@ -402,15 +399,6 @@ def _sigmoid(gate, bias):
     instruction where a division is six."""
     root = tl.rsqrt(1 + tl.exp2(gate * MINUS_LOG2_E + bias * MINUS_LOG2_E))
     return root * root
-
-
-@triton.jit
-def _bias(bias_ptr, channel, inside):
-    if bias_ptr is None:
-        bias = tl.zeros(channel.shape, tl.float32)
-    else:
-        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    return bias
 
 
 FUSED = {"triton": None, "triton_split": CHUNK_LEN}  # steps a chunk; the others are composed
