@@ -131,16 +131,20 @@ def test_an_array_that_is_found_and_cannot_be_written_down_stops_no_look(
 ):
     lost, other = submit(stub, "slurm", job_id=None), submit(stub, "local")
     schedulers["slurm"].find = lambda made, array: "9"
+    running = Seen(state="RUNNING", is_in_queue=True, name=lost.job_name(0))
+    schedulers["slurm"].jobs = {"9_0": running}
 
     def full(*_: object) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Submission, "remember_job_id", full)
-        assert [job.made.id for job in reconcile.reconcile(stub).jobs] == [lost.id]
-    assert other.memory()["is_settled"]
+        patched.setattr(submission, "write_atomically", full)
+        (job,) = reconcile.reconcile(stub).jobs
+    assert (job.made.id, job.state) == (lost.id, "running")
+    submission._load.cache_clear()  # as in another command
     reconcile.reconcile(stub)
-    assert lost.job_id(0) == "9"
+    assert other.memory()["is_settled"]
+    assert lost.answer(0)["job_id"] == "9"
 
 
 def test_an_array_that_was_refused_is_looked_for_until_that_is_settled(stub, schedulers):

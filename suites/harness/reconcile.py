@@ -144,7 +144,7 @@ def _adopt(made: Submission, settled: set[str], executor: str) -> None:
         if made.cluster(number).executor != executor or made.job_id(number) is not None:
             continue
         if (job_id := launch.launcher(executor).find(made, number)) is not None:
-            with suppress(OSError):  # a full disk, or another user's folder: it is found again
+            with suppress(OSError):  # a full disk, or another user's folder: others will find it
                 made.remember_job_id(number, job_id)
 
 
@@ -223,7 +223,7 @@ def _settle(
     answers = {array.number: made.answer(array.number) for array in made.arrays}
     for array, index in made.places():
         name, cluster = f"{array}_{index}", made.cluster(array)
-        job_id = answers[array].get("job_id")
+        job_id = made.job_id(array)
         if name in settled:
             continue
         is_answered = cluster.executor not in silent

@@ -139,6 +139,8 @@ class Submission:
         return self.answer(array).get("refusal")
 
     def remember_job_id(self, array: int, job_id: str) -> None:
+        """Known to this process whether or not it can be written down."""
+        self._job_ids[array] = job_id
         values = {"job_id": job_id, "submitted_at": _now()}
         write_atomically(self.folder / "arrays" / f"{array}.json", json.dumps(values))
 
