@@ -239,6 +239,30 @@ def test_a_job_asks_for_its_earlier_end_only_where_it_left_something(stub, monke
     assert ends == {runs[0].run_id: "node_failure", runs[1].run_id: "timed_out"}
 
 
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=7.0.", "out_of_memory"),
+        ("no oom-kill event", "failed"),
+    ],
+)
+def test_a_job_whose_step_ran_out_of_memory_did_so_too(stub, schedulers, said, outcome):
+    """The queue calls it FAILED, and without accounts nobody else is to be asked."""
+    made = submit(stub, "slurm", job_id="7")
+    (item,) = made.runs(0, 0)
+    begin(stub, item.run, job="7_0")
+    ended = Seen(state="FAILED", is_in_queue=False, exit_code=1, name=made.job_name(0))
+    schedulers["slurm"].jobs = {"7_0": ended}
+    log = launch.log_of(made, 0, 0)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"{said}\nsrun: error: n1: task 0: Out Of Memory\n")
+    made.beat_path(0, 0).parent.mkdir()
+    made.beat_path(0, 0).write_text(json.dumps({"at": 0, "ended_at": 0}))
+    assert not states_of(stub)
+    (record,) = read_all(stub)
+    assert record.outcome == outcome, record.reason
+
+
 def test_a_job_of_our_number_and_another_name_is_not_ours(stub, schedulers):
     """Of another cluster on the same file system, or of one that was set up anew."""
     made = submit(stub, "slurm", job_id="7")

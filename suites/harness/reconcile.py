@@ -4,10 +4,11 @@ theirs never replaces one that a run has written.
 """
 
 import json
+import re
 import time
 from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ ORPHAN_S = 600.0  # from a submitter's last sign of life, until what it left is 
 UNREADABLE = (ValueError, TypeError, KeyError)  # what files of a later version may raise
 GONE = ("node_failure", "its process is gone, and the cause is not known")
 SBATCH_S = 120.0  # the same where it is known to be dead, and its sbatch may still talk
+_OOM_KILL = re.compile(r"^slurmstepd\S* error: .*oom-kill event")
 
 
 @dataclass
@@ -295,7 +297,11 @@ def _close(
 ) -> None:
     """Records and claims of a job that has ended, for what it could not do itself."""
     key, limit_s = f"{made.job_id(array)}_{index}", made.cluster(array).time_s
-    given = made.runs(array, index)
+    given, state = made.runs(array, index), one and one.state
+    printed = [] if state == "COMPLETED" else _printed(made, array, index)
+    if state == "FAILED" and any(map(_OOM_KILL.search, printed)):
+        one = replace(one, state="OUT_OF_MEMORY")  # so says the step; the queue knows the job alone
+    words = [line for line in printed if not line.startswith("srun:")] or printed  # it only reports
     for name in filter(None, map(block_claim, units(given))):
         _give_back(made.store, name, key)
     for item in given:
@@ -310,7 +316,8 @@ def _close(
         outcome, reason = states.verdict(one, has_begun=False, limit_s=limit_s)
         has_failed = outcome is not None and (one is None or one.state != "COMPLETED")
         if has_failed and not has_begun:
-            said = _said(made, array, index, reason, beat)
+            # the last words of a job that did not even get as far as our code
+            said = f"{reason}: {words[-1][:300]}" if words and beat is None else reason
             _never_began(made, array, index, item, outcome, said)
 
 
@@ -321,17 +328,14 @@ def _give_back(store: Path, name: str, key: str) -> None:
         claims.release(store, name, owner["token"])
 
 
-def _said(
-    made: Submission, array: int, index: int, reason: str, beat: dict[str, Any] | None
-) -> str:
-    """The reason, with the last words of a job that did not even get as far as our code."""
-    if beat is not None:
-        return reason
-    log = launch.log_of(made, array, index)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    lines = [line.strip() for line in lines if line.strip()]
-    words = [line for line in lines if not line.startswith("srun:")] or lines  # it only reports
-    return f"{reason}: {words[-1][:300]}" if words else reason
+def _printed(made: Submission, array: int, index: int) -> list[str]:
+    """The lines of a job's log, as far as there is one and we may read it."""
+    try:
+        log = launch.log_of(made, array, index)
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _never_began(
