@@ -1,79 +1,19 @@
-"""What the samples say together: processes, cells, comparisons and parity."""
+"""What the samples say together: processes, cells, how they ended, and how far they reached."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis import statistics
+from analysis.checks import PARITY_ORDER, mark_parity, parity
 from analysis.load import SAMPLE_COLUMNS
-from suites.harness.record import METRICS
-
-# The metrics that tables show, by suite, the first being the suite's own question.
-HEADLINES = {
-    "training_speed": ("step_time_ms", "tokens_per_s", "mfu", "peak_memory_bytes",
-                       "compile_time_s"),
-    "prefill_latency": ("ttft_ms", "mfu", "peak_memory_bytes", "compile_time_s"),
-    "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
-    "decode_throughput": ("tokens_per_s", "max_batch_size"),
-    "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
-    "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
-}  # fmt: skip
-SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
-          "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
-TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
-         "op_time_ms")  # fmt: skip
-QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
-CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
-BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential"}
-MATCHES = {"backend": "across_backends", "family": "across_families",
-           "linear_scan": "across_scans"}  # fmt: skip
-KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
-OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
-FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
-PARITY_KEY = ["family", "architecture", "backend", "dtype", "linear_scan", "attention",
-              "layers", "program", "device_kind", "engine_build"]  # fmt: skip
-GREEN, RED, MISSING = "green", "red", "none"
-PARTIAL = "partial"  # green, but of some levels alone: verifies nothing
-WRONG = ("invalid_measurement", "failed", "diverged")
-PARITY_ORDER = (GREEN, MISSING, RED)
-UNVERIFIED = "UNVERIFIED"
-PARITY_SIZE = "tiny"
+from analysis.remember import remembered
+from analysis.vocabulary import CURVES, HEADLINES
 
 
-_memory: dict[tuple, tuple[pd.DataFrame, Any]] | None = None
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Within the block, what is derived from one frame is derived once. Frames and results must
-    not be changed in place there."""
-    global _memory
-    before, _memory = _memory, {} if _memory is None else _memory
-    try:
-        yield
-    finally:
-        _memory = before
-
-
-def _remembered(function: Callable) -> Callable:
-    @wraps(function)
-    def recall(frame: pd.DataFrame, *args: Any) -> Any:
-        if _memory is None:
-            return function(frame, *args)
-        key = (function.__name__, id(frame), args)
-        if key not in _memory:
-            _memory[key] = (frame, function(frame, *args))  # the frame kept: its id stays its own
-        return _memory[key][1]
-
-    return recall
-
-
-@_remembered
+@remembered
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a run: the attempt that counts, without its samples."""
     counted = frame[frame["is_counted"].fillna(False).astype(bool)]
@@ -81,7 +21,7 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
     return runs.reset_index(drop=True)
 
 
-@_remembered
+@remembered
 def processes(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (run, metric, at): the median over repeats, with how many were odd."""
     rows = frame[
@@ -109,7 +49,7 @@ def processes(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=["median", "distance", "odd", "repeat"]).reset_index(drop=True)
 
 
-@_remembered
+@remembered
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (cell, metric, at): the median over its processes, with its interval."""
     rows = processes(frame)
@@ -153,291 +93,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return made.assign(variant=made["cell_id"].map(variant))
 
 
-@_remembered
-def parity(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each PARITY_KEY: green when every error of a completed check is within its
-    tolerance, and there is at least one; else red. Checks of some levels alone can make a key red,
-    never green: without others it is partial. `worst` is the largest error / tolerance."""
-    rows = _latest_checks(frame)
-    # where nothing can run, nothing needs proof
-    rows = rows[(rows["size"] == PARITY_SIZE) & (rows["outcome"] != "unsupported")]
-    if rows.empty:
-        return pd.DataFrame(columns=[*PARITY_KEY, "status", "num_checks", "worst", "worst_field"])
-    errors = parity_errors(rows)
-    checks = errors.groupby("attempt", sort=False)
-    worst = errors.loc[checks["share"].idxmax()] if len(errors) else errors
-    facts = worst.set_index("attempt").assign(
-        num_checks=checks.size(), is_within=checks["is_within"].all()
-    )
-    made = []
-    for run in rows.drop_duplicates("attempt").to_dict("records"):
-        fact = facts.loc[run["attempt"]] if run["attempt"] in facts.index else None
-        is_partial = _plain(run["levels"]) is not None
-        # what a part of the ladder could not finish says nothing of the rest
-        is_red = run["outcome"] in WRONG if is_partial else run["outcome"] != "completed"
-        is_red |= not is_partial if fact is None else not fact["is_within"]
-        made.append(
-            {name: run[name] for name in PARITY_KEY}
-            | {
-                "status": RED if is_red else PARTIAL if is_partial else GREEN,
-                "outcome": run["outcome"],
-                "reason": run["reason"],
-                "num_checks": 0 if fact is None else int(fact["num_checks"]),
-                "worst": None if fact is None else float(fact["share"]),
-                "worst_field": None if fact is None else fact["field"],
-                "worst_error": None if fact is None else float(fact["value"]),
-                "tolerance": None if fact is None else float(fact["tolerance"]),
-                "levels": run["levels"],
-                "run_id": run["run_id"],
-                "cell_id": run["cell_id"],
-            }
-        )
-    status = pd.DataFrame(made)
-    status["family_order"] = [family_order(name) for name in status["family"]]
-    # Several checks of one key (seeds, workloads, levels): one red makes it red.
-    status["rank"] = status["status"].map((RED, GREEN, PARTIAL).index)
-    status = status.sort_values(["rank", "worst"], ascending=[True, False], kind="stable")
-    checks = status.groupby(PARITY_KEY, dropna=False, sort=False)["num_checks"].transform("sum")
-    status = status.assign(num_checks=checks).drop_duplicates(PARITY_KEY)
-    order = ["family_order", "backend", "dtype"]
-    status = status.sort_values(order, kind="stable").drop(columns=["family_order", "rank"])
-    return status.reset_index(drop=True)
-
-
-@_remembered
-def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every relative error of the parity runs beside its tolerance. share: of the tolerance, by the
-    largest error or by the root mean squares, whichever is more. An error without a tolerance is
-    not within it.
-    """
-    rows = _latest_checks(frame).copy()
-    rows["at"] = rows["at"].astype("float64").fillna(-1)
-    rows["field"] = rows["field"].astype(object).where(rows["field"].notna(), "")
-    key = ["attempt", "field", "at"]
-    errors = rows[rows["metric"] == "relative_error"]
-    for metric in ("tolerance", "rms_error", "rms_tolerance"):
-        values = rows[rows["metric"] == metric].drop_duplicates(key)[[*key, "value"]]
-        errors = errors.merge(values.rename(columns={"value": metric}), on=key, how="left")
-    share = _share(errors["value"], errors["tolerance"])
-    rms = _share(errors["rms_error"], errors["rms_tolerance"]).where(errors["rms_error"].notna(), 0)
-    errors["share"] = np.maximum(share, rms).astype("float64")
-    errors["is_within"] = errors["share"] <= 1
-    return errors.reset_index(drop=True)
-
-
-def _share(error: pd.Series, limit: pd.Series) -> pd.Series:
-    """Of a limit; nothing of one that is 0 and kept, everything where there is none."""
-    share = (error / limit.where(limit > 0)).where(limit != 0, np.where(error > 0, np.inf, 0.0))
-    return share.where(share.notna(), np.inf)
-
-
-def _latest_checks(frame: pd.DataFrame) -> pd.DataFrame:
-    """Parity rows: of each run and engine the last attempt, whatever was run before or since with
-    another engine. Attempts sort by time."""
-    rows = frame[frame["suite"] == "parity"]
-    latest = rows.groupby(["run_id", "engine_build"], dropna=False)["attempt"].transform("max")
-    return rows[rows["attempt"] == latest]
-
-
-def mark_parity(rows: pd.DataFrame, status: pd.DataFrame) -> pd.DataFrame:
-    """`parity` of each row: green, red, or none where no whole parity record has its key."""
-    known = {tuple(_plain(row[name]) for name in PARITY_KEY): row["status"]
-             for row in status.to_dict("records") if row["status"] != PARTIAL}  # fmt: skip
-    keys = zip(*(rows[name] for name in PARITY_KEY), strict=True)
-    rows = rows.copy()
-    rows["parity"] = [known.get(tuple(map(_plain, key)), MISSING) for key in keys]
-    return rows
-
-
-def comparisons(
-    frame: pd.DataFrame, by: str = "backend", ours: str = "jax", baseline: str | None = None
-) -> pd.DataFrame:
-    """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
-
-    `by` is "backend", "family" or "linear_scan" (what it resolved to): the one setting in which
-    the two cells differ. A cell that has no completed run, or no partner, keeps its row: its value
-    is null and its outcome says why.
-    """
-    return _comparisons(frame, by, ours, baseline or BASELINE[by])
-
-
-@_remembered
-def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.DataFrame:
-    cells = summary(frame)
-    cells = cells[_shown(cells)]
-    pairs = _pairs(frame, by, ours, baseline)
-    evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in pairs])
-    facts = {}
-    metrics: dict[str, list[tuple[str, Any]]] = {}
-    for row in cells.to_dict("records"):
-        point = (row["metric"], _plain(row["at"]))
-        facts[row["cell_id"], *point] = row
-        metrics.setdefault(row["cell_id"], []).append(point)
-    made = []
-    for left, right in pairs:
-        one = left or right
-        wanted = [*metrics.get(_id(left), ()), *metrics.get(_id(right), ())]
-        if not wanted:
-            wanted = [(name, None) for name in HEADLINES.get(one["suite"], ())[:1]]
-        for metric, at in dict.fromkeys(wanted):
-            a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
-            rounds = evidence.get((_id(left), _id(right), metric, at))
-            found = _compare(rounds, a, b, METRICS[metric].better)
-            row = _pair_row(left, right, a, b, metric, at, found)
-            if by == "backend" and left and right and left["variant"] != right["variant"]:
-                row["variant"] = f"{left['variant']} beside {right['variant']}"
-            made.append(row)
-    found = pd.DataFrame(made, columns=_PAIR_COLUMNS)
-    return found.astype({name: "float64" for name in _PAIR_NUMBERS})
-
-
-_SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
-             "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
-             "data", "variant")  # fmt: skip
-_SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
-         "num_params", "num_params_non_embedding", "cell_id", "is_current",
-         "num_outliers", "linear_scan")  # fmt: skip
-_PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
-                 *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
-                 "speedup", "speedup_low", "speedup_high", "difference", "num_paired_rounds",
-                 "verdict", "reason"]  # fmt: skip
-
-_PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "difference", "at",
-                 *(f"{name}_{side}" for name in ("value", "low", "high", "num_rounds", "num_seeds")
-                   for side in ("ours", "baseline"))]  # fmt: skip
-
-
-def _pair_row(
-    left: dict | None,
-    right: dict | None,
-    a: dict | None,
-    b: dict | None,
-    metric: str,
-    at: float | None,
-    found: statistics.Comparison,
-) -> dict[str, Any]:
-    row = {name: (left or right)[name] for name in _SETTINGS}
-    row |= {"metric": metric, "at": at, "unit": METRICS[metric].unit}
-    for side, cell, fact in (("ours", left, a), ("baseline", right, b)):
-        for name in _SIDE:
-            source = fact if fact is not None and name in fact else (cell or {})
-            row[f"{name}_{side}"] = source.get(name)
-    low, high = found.interval or (None, None)
-    difference = a["value"] - b["value"] if a and b and metric in QUALITIES else None
-    return row | {
-        "speedup": found.speedup,
-        "speedup_low": low,
-        "speedup_high": high,
-        "difference": difference,
-        "num_paired_rounds": found.num_rounds,
-        "verdict": found.verdict if metric in TIMES else None,
-        "reason": found.reason,
-    }
-
-
-def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, np.ndarray]]:
-    """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
-    sides, and whether the two processes shared a block, a node and a device."""
-    rows = processes(frame)
-    rows = rows.loc[_shown(rows), ["cell_id", "metric", "at", "seed", "round", "value", "block",
-                                   "node", "device_name"]]  # fmt: skip
-    rows["at"] = rows["at"].fillna(-1)
-    ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
-    ids = ids.drop_duplicates().astype(object)
-    both = ids.merge(rows.astype({"cell_id": object}), on="cell_id").merge(
-        rows.rename(columns={"cell_id": "other"}).astype({"other": object}),
-        on=["other", "metric", "at", "seed", "round"],
-        suffixes=("", "_2"),
-    )
-    both = both.sort_values(["seed", "round"], kind="stable").reset_index(drop=True)
-    in_block = (both["block"].notna() & (both["block"] == both["block_2"])).to_numpy(dtype=bool)
-    together = in_block.copy()
-    for name in ("node", "device_name"):
-        same = both[name].notna() & (both[name] == both[f"{name}_2"])
-        together &= same.to_numpy(dtype=bool)
-    columns = {
-        "ours": both["value"].to_numpy(dtype=float),
-        "baseline": both["value_2"].to_numpy(dtype=float),
-        "in_block": in_block,
-        "together": together,
-    }
-    key = ["cell_id", "other", "metric", "at"]
-    groups = both.groupby(key, sort=False).indices if len(both) else {}
-    return {
-        (cell, other, metric, None if at < 0 else at): {
-            name: values[places] for name, values in columns.items()
-        }
-        for (cell, other, metric, at), places in groups.items()
-    }
-
-
-def _compare(
-    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str | None
-) -> statistics.Comparison:
-    if a is None or b is None:
-        return statistics.Comparison(None, None, 0, "inconclusive", "one side has no value")
-    if better is None:
-        return statistics.Comparison(None, None, 0, "inconclusive", "neither way is better")
-    if {a["device_kind"], b["device_kind"]} > {"cpu"}:
-        reason = "CPU is never paired with an accelerator"
-        return statistics.Comparison(None, None, 0, statistics.UNPAIRED, reason)
-    if rounds is None or not rounds["together"].any():
-        is_block = rounds is not None and rounds["in_block"].any()
-        reason = "measured on different nodes or devices" if is_block else "not of one block"
-        return statistics.unpaired(a["value"], b["value"], better=better, reason=reason)
-    kept = rounds["together"]
-    return statistics.compare(rounds["ours"][kept], rounds["baseline"][kept], better=better)
-
-
-def _pairs(
-    frame: pd.DataFrame, by: str, ours: str, baseline: str
-) -> list[tuple[dict | None, dict | None]]:
-    """Cells of `ours` beside cells of `baseline` that differ in nothing else; a cell without a
-    partner stands alone."""
-    match = MATCHES[by]
-    groups: dict[str, list[dict]] = {}
-    for cell in outcomes(frame).to_dict("records"):
-        if cell["suite"] != "parity":
-            groups.setdefault(cell[match], []).append(cell)
-    made: list[tuple[dict | None, dict | None]] = []
-    for group in groups.values():
-        lefts = [cell for cell in group if cell[by] == ours]
-        rights = [cell for cell in group if cell[by] == baseline]
-        taken = set()
-        for left in lefts:
-            partners = _of_its_kernels(left, rights) if by == "backend" else rights
-            taken |= {right["cell_id"] for right in partners}
-            made += [(left, right) for right in partners] or [(left, None)]
-        made += [(None, right) for right in rights if right["cell_id"] not in taken]
-    return made
-
-
-def _of_its_kernels(cell: dict, others: list[dict]) -> list[dict]:
-    """The cells of another backend that asked for the same kernels, else those that ran kernels of
-    the same name or, as this one, their backend's own. Unsupported cells are paired by equal
-    kernels alone, and only where nothing else is."""
-    equal = [other for other in others if other["kernels"] == cell["kernels"]]
-    if cell["outcome"] == "unsupported":
-        return equal
-    can_run = [other for other in others if other["outcome"] != "unsupported"]
-    return (
-        [other for other in can_run if other["kernels"] == cell["kernels"]]
-        or [other for other in can_run if _go_together(cell, other)]
-        or equal
-    )
-
-
-def _go_together(cell: dict, other: dict) -> bool:
-    for name in KERNELS:
-        asked = [json.loads(c["kernels"]).get(name, "auto") for c in (cell, other)]
-        ran = [c[name] if a == "auto" else a for a, c in zip(asked, (cell, other), strict=True)]
-        are_own = all(a == "auto" or a.startswith(OUR_KERNELS) for a in asked)
-        if not are_own and ran[0] != ran[1]:
-            return False
-    return True
-
-
-@_remembered
+@remembered
 def outcomes(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell: its settings and how its runs ended, e.g. "2 completed, 1 timed_out"."""
     rows = mark_parity(runs(frame), parity(frame))
@@ -532,7 +188,7 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
     return found.agg(["median", "min", "max", "size"]).reset_index()
 
 
-def _shown(rows: pd.DataFrame) -> pd.Series:
+def shown(rows: pd.DataFrame) -> pd.Series:
     """Headline metrics; `at` is kept for throughput by batch size alone."""
     unknown = ~rows["suite"].isin(list(HEADLINES))
     wanted = [metric in HEADLINES.get(suite, ()) for suite, metric in
@@ -541,16 +197,3 @@ def _shown(rows: pd.DataFrame) -> pd.Series:
     return (pd.Series(wanted, index=rows.index, dtype=bool) | (unknown & plain)) & ~rows[
         "metric"
     ].isin(CURVES)
-
-
-def _id(cell: dict | None) -> str | None:
-    return None if cell is None else cell["cell_id"]
-
-
-def _plain(value: Any) -> Any:
-    """A value that is equal to itself: every kind of missing becomes None."""
-    return None if pd.isna(value) else value
-
-
-def family_order(name: str) -> tuple[int, str]:
-    return (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from analysis import derive, style, tables
+from analysis import checks, comparisons, derive, style, tables, vocabulary
 from suites.harness.record import METRICS, PASSES
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
@@ -25,10 +25,10 @@ def relative_step_time(frame: pd.DataFrame) -> Figure | None:
     rows = _summary(frame, "training_speed", "step_time_ms")
     if rows.empty:
         return None
-    others = sorted(set(rows["family"]) - {"mqa"}, key=derive.family_order)
+    others = sorted(set(rows["family"]) - {"mqa"}, key=vocabulary.family_order)
     if not others or "mqa" not in set(rows["family"]):
         return None
-    found = pd.concat([derive.comparisons(frame, by="family", ours=name) for name in others])
+    found = pd.concat([comparisons.comparisons(frame, by="family", ours=name) for name in others])
     found = found[(found["metric"] == "step_time_ms") & found["speedup"].notna()]
     found = found.drop_duplicates("cell_id_ours").set_index("cell_id_ours")
     rows = rows[rows["cell_id"].isin(found.index)].copy()
@@ -36,8 +36,8 @@ def relative_step_time(frame: pd.DataFrame) -> Figure | None:
     rows["value"] = 1 / found["speedup"].to_numpy(dtype=float)
     rows["low"] = 1 / found["speedup_high"].to_numpy(dtype=float)
     rows["high"] = 1 / found["speedup_low"].to_numpy(dtype=float)
-    of_mqa = (found["parity_baseline"] == derive.GREEN).to_numpy()
-    rows["parity"] = rows["parity"].where(of_mqa, derive.MISSING)
+    of_mqa = (found["parity_baseline"] == checks.GREEN).to_numpy()
+    rows["parity"] = rows["parity"].where(of_mqa, checks.MISSING)
     label = "Step time relative to MQA"
     return _lines(rows, "seq_len", "Sequence length (tokens)", label, reference=1.0)
 
@@ -85,11 +85,11 @@ def kernel_speed(frame: pd.DataFrame) -> Figure | None:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, ((op, phase), part) in zip(grid, panels, strict=True):
         for (variant, backend), line in sorted(part.groupby(["linear_scan", "backend"])):
-            is_verified = bool((line["parity"] == derive.GREEN).all())
+            is_verified = bool((line["parity"] == checks.GREEN).all())
             look = style.line("", backend, is_verified=is_verified, variant=variant)
             line = line.sort_values("seq_len")
             label = f"{variant}, {style.backend_label(backend)}"
-            label += "" if is_verified else f" {derive.UNVERIFIED}"
+            label += "" if is_verified else f" {checks.UNVERIFIED}"
             _draw(axes, line, line["seq_len"].to_numpy(dtype=float), look, label, is_curve=False)
         axes.set_title(f"{op}, {PASSES[phase]}")
         axes.set_xlabel("Sequence length (tokens)")
@@ -140,10 +140,10 @@ def loss_by_position(frame: pd.DataFrame) -> Figure | None:
 def parity_error(frame: pd.DataFrame) -> Figure | None:
     """The worst error of each level of the parity ladder as a share of its tolerance; an exact 0 at
     the left."""
-    errors = derive.parity_errors(frame)
+    errors = checks.parity_errors(frame)
     if len(errors):
         is_counted = errors["is_counted"].fillna(False).astype(bool)
-        errors = errors[(errors["size"] == derive.PARITY_SIZE) & is_counted]
+        errors = errors[(errors["size"] == checks.PARITY_SIZE) & is_counted]
     if errors.empty:
         return None
     names = zip(errors["dtype"], errors["field"], strict=True)
@@ -183,7 +183,7 @@ def training_parity(frame: pd.DataFrame) -> Figure | None:
     if rows.empty:
         return None
     rows = rows.assign(curve=rows["field"].where(rows["field"].notna(), rows["backend"]))
-    families = sorted(rows["family"].unique(), key=derive.family_order)
+    families = sorted(rows["family"].unique(), key=vocabulary.family_order)
     figure = Figure(figsize=(4.2 * len(families), 5.2), layout="constrained")
     panels = figure.subplots(
         2, len(families), sharex=True, sharey="row", squeeze=False, height_ratios=(1, 1.2)
@@ -278,20 +278,20 @@ def _lines(
         if reference is not None:
             axes.axhline(reference, color=style.family_color("mqa"), linewidth=1.2,
                          label=style.family_label("mqa"))  # fmt: skip
-        families = sorted(part["family"].unique(), key=derive.family_order)
+        families = sorted(part["family"].unique(), key=vocabulary.family_order)
         lines = [*LINE, "batch_size"] if part.duplicated([*LINE, x]).any() else LINE
         groups = sorted(part.groupby(lines), key=lambda item: _order(item[0]))
         backends = sorted(part["backend"].unique())
         seen: dict[tuple, int] = {}
         for name, line in groups:
             family, backend = name[:2]
-            verified = bool((line["parity"] == derive.GREEN).all())
+            verified = bool((line["parity"] == checks.GREEN).all())
             look = style.line(family, backend, is_verified=verified)
             number = seen[name[:2]] = seen.get(name[:2], 0) + 1
             look["alpha"] = max(0.25, 1.3 - 0.3 * number)  # further variants of one colour pale
             extra = [name[2], *(f"batch {size}" for size in name[3:])]
             label = ", ".join([_label(family, backend), *filter(None, extra)])
-            label += "" if verified else f" {derive.UNVERIFIED}"
+            label += "" if verified else f" {checks.UNVERIFIED}"
             line = line.sort_values(x)
             places = line[x].to_numpy(dtype=float)
             if is_single:
@@ -327,10 +327,10 @@ def _lines(
 
 def _note(figure: Figure, notes: list[str], rows: pd.DataFrame) -> None:
     """A line under the plots, an alarm where it begins with what is not verified of its rows."""
-    is_bare = bool((rows["parity"] != derive.GREEN).any())
+    is_bare = bool((rows["parity"] != checks.GREEN).any())
     if is_bare:
         hollow = (
-            f"Hollow markers are {derive.UNVERIFIED}: no green parity record of the same "
+            f"Hollow markers are {checks.UNVERIFIED}: no green parity record of the same "
             "kernels, head_dim, dtype, device and build."
         )
         notes = [hollow, *notes]
@@ -399,4 +399,4 @@ def _label(family: str, backend: str) -> str:
 
 
 def _order(name: tuple) -> tuple:
-    return (*derive.family_order(name[0]), *name[1:])
+    return (*vocabulary.family_order(name[0]), *name[1:])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import derive
+from analysis import derive, vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     ):
         for (suite, size, who), group in rows.groupby(["suite", "size", held], sort=False):
             made.append(_match(group, by, match, same, suite, size, who))
-    families = [*derive.FAMILIES, *sorted(set(rows["family"]) - set(derive.FAMILIES))]
+    families = [*vocabulary.FAMILIES, *sorted(set(rows["family"]) - set(vocabulary.FAMILIES))]
 
     def place(match: Match) -> tuple:
         who = match.scope.split(":")[0]
@@ -52,7 +52,7 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
 def _match(
     group: pd.DataFrame, by: str, match: str, same: tuple[str, ...], suite: str, size: str, who: str
 ) -> Match:
-    names = sorted(group[by].unique(), key=derive.family_order)
+    names = sorted(group[by].unique(), key=vocabulary.family_order)
     differs, unknown, compared = [], [], False
     points = group.groupby([match, "seed", "round"], sort=False)
     together = points[by].transform("nunique") > 1

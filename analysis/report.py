@@ -12,7 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from analysis import derive, figures, statistics, style, tables
+from analysis import (
+    checks,
+    comparisons,
+    derive,
+    figures,
+    remember,
+    statistics,
+    style,
+    tables,
+    vocabulary,
+)
 from analysis.load import load, write_parquet
 from analysis.tables import Table
 
@@ -40,7 +50,7 @@ def write_report(
     """Writes report.html, report.md, records.parquet, tables/*.csv and figures/*.png into `out`;
     returns the path of report.html. `frame` replaces what analysis.load(store) gives."""
     frame = load(Path(store)) if frame is None else frame
-    with derive.remembering():
+    with remember.remembering():
         return _write(frame, Path(store), Path(out), title, command)
 
 
@@ -90,14 +100,14 @@ def comparison_tables(frame: pd.DataFrame, *, is_brief: bool = False) -> list[Ta
     pairs = [("backend", "jax")]
     measured = set(frame.loc[frame["suite"] != "parity", "family"].dropna())
     if "mqa" in measured:
-        families = sorted(measured - {"mqa"}, key=derive.family_order)
+        families = sorted(measured - {"mqa"}, key=vocabulary.family_order)
         pairs += [("family", family) for family in families]
     made = [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
     scans = frame[frame["suite"].isin(["kernel_speed", "parity"])]
     cells = derive.outcomes(scans)
     variants = cells.loc[cells["suite"] == "kernel_speed", "linear_scan"].dropna().unique()
-    if derive.BASELINE["linear_scan"] in variants:
-        others = sorted(set(variants) - {derive.BASELINE["linear_scan"]})
+    if comparisons.BASELINE["linear_scan"] in variants:
+        others = sorted(set(variants) - {comparisons.BASELINE["linear_scan"]})
         made += [
             tables.side_by_side(scans, "linear_scan", name, is_brief=is_brief) for name in others
         ]
@@ -114,7 +124,7 @@ def caveats(frame: pd.DataFrame) -> list[str]:
     """What the numbers are too few, too old or too unchecked to say."""
     made = []
     cells = derive.summary(frame)
-    timed = cells[cells["metric"].isin(derive.TIMES)]
+    timed = cells[cells["metric"].isin(vocabulary.TIMES)]
     few = timed.loc[timed["num_rounds"] < statistics.MIN_ROUNDS, "num_rounds"]
     if len(few):
         low, high = int(few.min()), int(few.max())
@@ -148,11 +158,11 @@ def caveats(frame: pd.DataFrame) -> list[str]:
             )
         elif seeds < 3:
             made.append(f"Language modeling has {seeds} seeds; 3 or more are needed for a spread.")
-    speeds = cells[cells["metric"].isin(derive.SPEEDS)]
-    bare = int((speeds["parity"] != derive.GREEN).sum())
+    speeds = cells[cells["metric"].isin(vocabulary.SPEEDS)]
+    bare = int((speeds["parity"] != checks.GREEN).sum())
     if bare:
         made.append(
-            f"{bare} of {len(speeds)} speed numbers are {derive.UNVERIFIED}: no green parity "
+            f"{bare} of {len(speeds)} speed numbers are {checks.UNVERIFIED}: no green parity "
             "record of the same kernels, head_dim, dtype, device and build."
         )
     if len(cells) and (odd := int(cells["num_outliers"].sum())):
@@ -227,7 +237,7 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
             part = found[(found["metric"] == metric) & found["speedup"].notna()]
             if len(part):
                 costs = 1 / part["speedup"].astype(float)
-                mark = "" if _verified(part) else f" [{derive.UNVERIFIED}]"
+                mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
                 name = style.family_label(family)
                 parts.append(f"{what} of {name} takes {_range(costs)} of MQA's time{mark}")
     if not parts:
@@ -250,7 +260,7 @@ def _frameworks(found: pd.DataFrame) -> str:
         compared.append((f"the recurrence alone ({variants})", part))
     for what, part in compared:
         if len(part):
-            mark = "" if _verified(part) else f" [{derive.UNVERIFIED}]"
+            mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
             verdicts = part["verdict"].value_counts()
             words = ", ".join(f"{count} {name}" for name, count in verdicts.items())
             parts.append(
@@ -269,8 +279,8 @@ def _frameworks(found: pd.DataFrame) -> str:
 
 def _verified(part: pd.DataFrame) -> bool:
     return bool(
-        (part["parity_ours"] == derive.GREEN).all()
-        and (part["parity_baseline"] == derive.GREEN).all()
+        (part["parity_ours"] == checks.GREEN).all()
+        and (part["parity_baseline"] == checks.GREEN).all()
     )
 
 

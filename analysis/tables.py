@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import derive, matching, statistics, style
+from analysis import checks, comparisons, derive, matching, statistics, style, vocabulary
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
@@ -49,10 +49,10 @@ def side_by_side(
 ) -> Table:
     """Both sides of every matched pair: values with intervals, speedup, verdict, parity, size.
     A brief table has the first metric of each suite alone."""
-    baseline = baseline or derive.BASELINE[by]
-    found = derive.comparisons(frame, by, ours, baseline)
+    baseline = baseline or comparisons.BASELINE[by]
+    found = comparisons.comparisons(frame, by, ours, baseline)
     if is_brief:
-        first = [derive.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
+        first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
         found = found[found["metric"] == first]
     found = _sorted(found)
     shown = ["suite", "family" if by == "backend" else "backend"]
@@ -102,7 +102,7 @@ def of_suite(table: Table, suite: str) -> Table:
 
 
 def parity(frame: pd.DataFrame) -> Table:
-    status = derive.parity(frame)
+    status = checks.parity(frame)
     status = status[status["engine_build"].isin(set(derive.runs(frame)["engine_build"]))]
     if len(status):  # head_dim and architecture settings, as far as several were checked
         variant = derive.outcomes(frame).set_index("cell_id")["variant"]
@@ -118,10 +118,10 @@ def parity(frame: pd.DataFrame) -> Table:
         if share is not None and not pd.isna(share):
             limit = _text(row["tolerance"], "{:.1e}")
             worst = f"{row['worst_error']:.1e} / {limit}"
-        verdict = row["status"].upper() if row["status"] == derive.RED else row["status"]
+        verdict = row["status"].upper() if row["status"] == checks.RED else row["status"]
         if row["outcome"] != "completed":
             verdict += f" ({row['outcome']}: {_text(row['reason'])})"
-        elif row["status"] == derive.PARTIAL:
+        elif row["status"] == checks.PARTIAL:
             verdict += f" ({row['levels']})"
         rows.append(
             [
@@ -261,7 +261,7 @@ def number(value: Any, metric: str | None = None) -> str:
     if metric == "max_batch_size":
         return f"{value:,.0f}"
     size = abs(value)
-    if metric in (*derive.QUALITIES, "unigram_bits_per_byte") and size < 1000:
+    if metric in (*vocabulary.QUALITIES, "unigram_bits_per_byte") and size < 1000:
         return f"{value:.3f}"
     if size >= 1000:
         return f"{value:,.0f}"
@@ -299,8 +299,8 @@ def parity_mark(row: dict[str, Any], ours: str, baseline: str) -> str:
     for side, name in (("ours", ours), ("baseline", baseline)):
         if row[f"value_{side}"] is not None and not pd.isna(row[f"value_{side}"]):
             state = row[f"parity_{side}"]
-            red = " (parity RED)" if state == derive.RED else ""
-            marks[name] = "green" if state == derive.GREEN else derive.UNVERIFIED + red
+            red = " (parity RED)" if state == checks.RED else ""
+            marks[name] = "green" if state == checks.GREEN else checks.UNVERIFIED + red
     if not marks:
         return NONE
     if len(set(marks.values())) == 1:
@@ -336,7 +336,7 @@ def _side(row: dict[str, Any], side: str) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> str:
-    if row["metric"] in derive.QUALITIES:
+    if row["metric"] in vocabulary.QUALITIES:
         difference = row["difference"]
         missing = difference is None or pd.isna(difference)
         return NONE if missing else f"{difference:+.4f} {row['unit']}"
@@ -371,12 +371,12 @@ def _both(row: dict[str, Any], name: str) -> str:
 
 
 def _sorted(found: pd.DataFrame) -> pd.DataFrame:
-    suites = list(derive.HEADLINES)
-    metrics = [metric for names in derive.HEADLINES.values() for metric in names]
+    suites = list(vocabulary.HEADLINES)
+    metrics = [metric for names in vocabulary.HEADLINES.values() for metric in names]
     order = found.assign(
         _suite=[suites.index(s) if s in suites else len(suites) for s in found["suite"]],
         _metric=[metrics.index(m) if m in metrics else len(metrics) for m in found["metric"]],
-        _family=[derive.family_order(f)[0] for f in found["family"]],
+        _family=[vocabulary.family_order(f)[0] for f in found["family"]],
     )
     keys = ["_suite", "suite", "size", "_metric", "op", "work_phase", "_family", "backend",
             "seq_len", "prompt_len", "batch_size", "at"]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import derive
+from analysis import checks, comparisons
 from analysis.load import load
 from suites.harness.record import PASSES
 
@@ -35,7 +35,7 @@ def main() -> int:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-    found = derive.comparisons(load(asked.out))
+    found = comparisons.comparisons(load(asked.out))
     found = found[found["metric"] == "op_time_ms"]
     print("| size | op | pass | batch x steps | JAX (ms) | PyTorch (ms) | JAX / PyTorch | parity |")
     print("|---|---|---|---|---|---|---|---|")
@@ -47,7 +47,7 @@ def main() -> int:
             f"| {row['size']} | {row['op']} | {PASSES[row['work_phase']]} "
             f"| {row['batch_size']} x {row['seq_len']:,} | {ours:.3g} | {theirs:.3g} "
             f"| {1 / row['speedup']:.2f} "
-            f"| {'green' if marks == {derive.GREEN} else derive.UNVERIFIED} |"
+            f"| {'green' if marks == {checks.GREEN} else checks.UNVERIFIED} |"
         )
     worst = worst_ratio(found)
     print(f"\nThe largest ratio is {worst:.2f}; the goal is {LIMIT} at most.")

@@ -99,14 +99,14 @@ def compare(
     by: str, ours: str | None, baseline: str | None, store: Path, *, as_json: bool = False
 ) -> int:
     need_records(store)
-    from analysis import derive, tables
+    from analysis import comparisons, derive, tables
 
     frame = reports.frame_of(store)
     with one_line():
-        if by not in derive.BASELINE:
-            raise ValueError(unknown("--by", by, list(derive.BASELINE)))
+        if by not in comparisons.BASELINE:
+            raise ValueError(unknown("--by", by, list(comparisons.BASELINE)))
         known = sorted(set(derive.outcomes(frame)[by].dropna()))
-        baseline = baseline or derive.BASELINE[by]
+        baseline = baseline or comparisons.BASELINE[by]
         for option, value in (("--ours", ours), ("--baseline", baseline)):
             if value is not None and value not in known:
                 raise ValueError(unknown(option, value, known))

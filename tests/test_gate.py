@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from synthetic_records import parity, training
 
-from analysis import derive
+from analysis import checks, derive
 from analysis.load import _digests, frame_of
 from suites import commands, compose, gate
 from suites.__main__ import main
@@ -98,7 +98,7 @@ def test_a_proxy_has_the_parity_key_of_what_it_verifies(overrides):
         assert _digests(one)["architecture"] == _digests(other)["architecture"]
         assert all(one.get(name) == other.get(name) for name in key)
         assert one["model"]["family"] == other["model"]["family"]
-        assert other["model"]["size"] == derive.PARITY_SIZE
+        assert other["model"]["size"] == checks.PARITY_SIZE
         assert proxy.model.d_model == 64
 
 

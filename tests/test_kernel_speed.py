@@ -10,7 +10,7 @@ from synthetic_records import record, sample
 from test_suites import FakeEngine, run_of, samples_of, values_of
 from typer.main import get_command
 
-from analysis import derive, figures, report, tables
+from analysis import checks, comparisons, figures, report, tables
 from analysis.load import frame_of
 from benchmarks import cpu_scan
 from implementations import cost, reference
@@ -187,7 +187,7 @@ def frame():
 
 
 def test_variants_are_paired_with_the_sequential_one(frame):
-    found = derive.comparisons(frame, by="linear_scan", ours="analytic")
+    found = comparisons.comparisons(frame, by="linear_scan", ours="analytic")
     found = found[found["metric"] == "op_time_ms"]
     assert len(found) == 2 * 2 * 2 * 2  # ops, phases, lengths, backends
     np.testing.assert_allclose(found["speedup"].astype(float), 4.0)
@@ -196,7 +196,7 @@ def test_variants_are_paired_with_the_sequential_one(frame):
 
 
 def test_backends_are_paired_by_their_variant(frame):
-    found = derive.comparisons(frame)
+    found = comparisons.comparisons(frame)
     found = found[found["metric"] == "op_time_ms"]
     assert len(found) == 3 * 2 * 2 * 2
     np.testing.assert_allclose(found["speedup"].astype(float), 2.0)
@@ -208,7 +208,7 @@ def test_the_report_shows_them_unverified_beside_bounds(frame, tmp_path):
     assert "analytic beside sequential" in text
     assert "associative beside sequential" in text
     assert "rg_lru, forward + backward, seq_len 2,048, batch 8" in text
-    assert derive.UNVERIFIED in text
+    assert checks.UNVERIFIED in text
     assert "the recurrence alone (analytic) JAX is 2.00x as fast as PyTorch" in text
     assert tables.SCAN_CLAIM in text
     assert "Bounds, not measurements" in text
@@ -232,7 +232,7 @@ def test_the_figure_has_a_panel_for_each_pass_and_a_line_for_each_variant(frame)
     ]
     _, labels = figure.axes[0].get_legend_handles_labels()
     assert len(labels) == 3 * 2
-    assert all(label.endswith(derive.UNVERIFIED) for label in labels)
+    assert all(label.endswith(checks.UNVERIFIED) for label in labels)
     assert figures.kernel_speed(frame[frame["suite"] == "parity"]) is None
 
 
@@ -284,7 +284,7 @@ def cell(backend, asked, ms=1.0, *, ran=None, outcome="completed", seq_len=1024,
 
 
 def sides(frame, *args, **kwargs):
-    found = derive.comparisons(frame, *args, **kwargs)
+    found = comparisons.comparisons(frame, *args, **kwargs)
     names = ["linear_scan_ours", "outcome_ours", "linear_scan_baseline", "outcome_baseline"]
     return [
         tuple(None if pd.isna(row[name]) else row[name] for name in names)
@@ -322,7 +322,7 @@ def test_kernels_of_our_own_are_paired_across_backends():
         (None, None, "pallas_gpu", "unsupported"),
         ("associative", "completed", None, None),
     }
-    found = derive.comparisons(frame)
+    found = comparisons.comparisons(frame)
     found = found[found["linear_scan_ours"].eq("pallas_gpu") & found["speedup"].notna()]
     (row,) = found.to_dict("records")
     assert row["speedup"] == pytest.approx(1.5)
@@ -385,5 +385,5 @@ def test_a_missing_ratio_is_within_no_limit():
 
 def test_compare_says_what_it_compares_by():
     options = {option.name: option.help for option in get_command(app).commands["compare"].params}
-    assert all(name in options["by"] for name in derive.BASELINE)
-    assert all(name in options["baseline"] for name in derive.BASELINE.values())
+    assert all(name in options["by"] for name in comparisons.BASELINE)
+    assert all(name in options["baseline"] for name in comparisons.BASELINE.values())

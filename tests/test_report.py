@@ -13,7 +13,7 @@ import synthetic_records as synthetic
 from synthetic_records import modeling, parity, record, sample, training
 
 import analysis
-from analysis import derive, figures, matching, report, style, tables
+from analysis import checks, comparisons, derive, figures, matching, report, style, tables
 from analysis.load import frame_of
 from suites.harness.record import write
 
@@ -116,7 +116,7 @@ def marks_of(table) -> set[str]:
 
 
 def status_of(records) -> str:
-    return derive.parity(frame_of(records))["status"].tolist()
+    return checks.parity(frame_of(records))["status"].tolist()
 
 
 def test_parity_is_green_within_the_tolerance_and_red_beyond():
@@ -188,7 +188,7 @@ def test_parity_of_some_levels_makes_no_key_green_but_may_make_it_red(levels):
         ([red], "red", "red"),
     ):
         frame = frame_of([*records, speed])
-        assert derive.parity(frame)["status"].tolist() == [status]
+        assert checks.parity(frame)["status"].tolist() == [status]
         assert set(derive.summary(frame)["parity"]) == {mark}
     (row,) = tables.parity(frame_of([part])).rows
     assert f"partial ({','.join(levels)})" in row
@@ -226,7 +226,7 @@ def test_a_pair_with_no_completed_run_keeps_its_row():
 
 def test_families_are_compared_with_mqa_of_the_same_backend(quickstart):
     store, _ = quickstart
-    found = derive.comparisons(analysis.load(store), by="family", ours="hawk")
+    found = comparisons.comparisons(analysis.load(store), by="family", ours="hawk")
     times = found[(found["metric"] == "step_time_ms") & found["speedup"].notna()]
     assert len(times) == 4  # two backends, two lengths
     assert np.allclose(times["speedup"].astype(float), 1 / 1.25, rtol=0.03)

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from synthetic_records import record, sample
 
-from analysis import derive, statistics
+from analysis import comparisons, derive, statistics
 from analysis.load import frame_of
 
 
@@ -116,7 +116,7 @@ def timed(backend: str, value: float, round: int, **rest):
 
 
 def compare_backends(records) -> dict:
-    return derive.comparisons(frame_of(records)).iloc[0].to_dict()
+    return comparisons.comparisons(frame_of(records)).iloc[0].to_dict()
 
 
 def test_the_process_is_the_unit_of_evidence():
@@ -149,7 +149,7 @@ def test_what_was_not_measured_side_by_side_gets_no_verdict(different, reason):
 def test_cpu_is_never_beside_an_accelerator():
     records = [timed("jax", 10, r) for r in range(8)]
     records += [timed("torch", 20, r, device_kind="h200") for r in range(8)]
-    found = derive.comparisons(frame_of(records))
+    found = comparisons.comparisons(frame_of(records))
     assert len(found) == 2  # each alone
     assert found["speedup"].isna().all()
 

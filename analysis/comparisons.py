@@ -1,0 +1,208 @@
+"""Matched pairs of cells that differ in one setting: both values, paired rounds, verdict."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import statistics
+from analysis.derive import outcomes, processes, shown, summary
+from analysis.remember import remembered
+from analysis.vocabulary import HEADLINES, QUALITIES, TIMES, plain
+from suites.harness.record import METRICS
+
+BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential"}
+MATCHES = {"backend": "across_backends", "family": "across_families",
+           "linear_scan": "across_scans"}  # fmt: skip
+KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
+OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
+_SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
+             "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
+             "data", "variant")  # fmt: skip
+_SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
+         "num_params", "num_params_non_embedding", "cell_id", "is_current",
+         "num_outliers", "linear_scan")  # fmt: skip
+_PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
+                 *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
+                 "speedup", "speedup_low", "speedup_high", "difference", "num_paired_rounds",
+                 "verdict", "reason"]  # fmt: skip
+_PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "difference", "at",
+                 *(f"{name}_{side}" for name in ("value", "low", "high", "num_rounds", "num_seeds")
+                   for side in ("ours", "baseline"))]  # fmt: skip
+
+
+def comparisons(
+    frame: pd.DataFrame, by: str = "backend", ours: str = "jax", baseline: str | None = None
+) -> pd.DataFrame:
+    """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
+
+    `by` is "backend", "family" or "linear_scan" (what it resolved to): the one setting in which
+    the two cells differ. A cell that has no completed run, or no partner, keeps its row: its value
+    is null and its outcome says why.
+    """
+    return _comparisons(frame, by, ours, baseline or BASELINE[by])
+
+
+@remembered
+def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.DataFrame:
+    cells = summary(frame)
+    cells = cells[shown(cells)]
+    pairs = _pairs(frame, by, ours, baseline)
+    evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in pairs])
+    facts = {}
+    metrics: dict[str, list[tuple[str, Any]]] = {}
+    for row in cells.to_dict("records"):
+        point = (row["metric"], plain(row["at"]))
+        facts[row["cell_id"], *point] = row
+        metrics.setdefault(row["cell_id"], []).append(point)
+    made = []
+    for left, right in pairs:
+        one = left or right
+        wanted = [*metrics.get(_id(left), ()), *metrics.get(_id(right), ())]
+        if not wanted:
+            wanted = [(name, None) for name in HEADLINES.get(one["suite"], ())[:1]]
+        for metric, at in dict.fromkeys(wanted):
+            a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
+            rounds = evidence.get((_id(left), _id(right), metric, at))
+            found = _compare(rounds, a, b, METRICS[metric].better)
+            row = _pair_row(left, right, a, b, metric, at, found)
+            if by == "backend" and left and right and left["variant"] != right["variant"]:
+                row["variant"] = f"{left['variant']} beside {right['variant']}"
+            made.append(row)
+    found = pd.DataFrame(made, columns=_PAIR_COLUMNS)
+    return found.astype({name: "float64" for name in _PAIR_NUMBERS})
+
+
+def _pair_row(
+    left: dict | None,
+    right: dict | None,
+    a: dict | None,
+    b: dict | None,
+    metric: str,
+    at: float | None,
+    found: statistics.Comparison,
+) -> dict[str, Any]:
+    row = {name: (left or right)[name] for name in _SETTINGS}
+    row |= {"metric": metric, "at": at, "unit": METRICS[metric].unit}
+    for side, cell, fact in (("ours", left, a), ("baseline", right, b)):
+        for name in _SIDE:
+            source = fact if fact is not None and name in fact else (cell or {})
+            row[f"{name}_{side}"] = source.get(name)
+    low, high = found.interval or (None, None)
+    difference = a["value"] - b["value"] if a and b and metric in QUALITIES else None
+    return row | {
+        "speedup": found.speedup,
+        "speedup_low": low,
+        "speedup_high": high,
+        "difference": difference,
+        "num_paired_rounds": found.num_rounds,
+        "verdict": found.verdict if metric in TIMES else None,
+        "reason": found.reason,
+    }
+
+
+def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, np.ndarray]]:
+    """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
+    sides, and whether the two processes shared a block, a node and a device."""
+    rows = processes(frame)
+    rows = rows.loc[shown(rows), ["cell_id", "metric", "at", "seed", "round", "value", "block",
+                                   "node", "device_name"]]  # fmt: skip
+    rows["at"] = rows["at"].fillna(-1)
+    ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
+    ids = ids.drop_duplicates().astype(object)
+    both = ids.merge(rows.astype({"cell_id": object}), on="cell_id").merge(
+        rows.rename(columns={"cell_id": "other"}).astype({"other": object}),
+        on=["other", "metric", "at", "seed", "round"],
+        suffixes=("", "_2"),
+    )
+    both = both.sort_values(["seed", "round"], kind="stable").reset_index(drop=True)
+    in_block = (both["block"].notna() & (both["block"] == both["block_2"])).to_numpy(dtype=bool)
+    together = in_block.copy()
+    for name in ("node", "device_name"):
+        same = both[name].notna() & (both[name] == both[f"{name}_2"])
+        together &= same.to_numpy(dtype=bool)
+    columns = {
+        "ours": both["value"].to_numpy(dtype=float),
+        "baseline": both["value_2"].to_numpy(dtype=float),
+        "in_block": in_block,
+        "together": together,
+    }
+    key = ["cell_id", "other", "metric", "at"]
+    groups = both.groupby(key, sort=False).indices if len(both) else {}
+    return {
+        (cell, other, metric, None if at < 0 else at): {
+            name: values[places] for name, values in columns.items()
+        }
+        for (cell, other, metric, at), places in groups.items()
+    }
+
+
+def _compare(
+    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str | None
+) -> statistics.Comparison:
+    if a is None or b is None:
+        return statistics.Comparison(None, None, 0, "inconclusive", "one side has no value")
+    if better is None:
+        return statistics.Comparison(None, None, 0, "inconclusive", "neither way is better")
+    if {a["device_kind"], b["device_kind"]} > {"cpu"}:
+        reason = "CPU is never paired with an accelerator"
+        return statistics.Comparison(None, None, 0, statistics.UNPAIRED, reason)
+    if rounds is None or not rounds["together"].any():
+        is_block = rounds is not None and rounds["in_block"].any()
+        reason = "measured on different nodes or devices" if is_block else "not of one block"
+        return statistics.unpaired(a["value"], b["value"], better=better, reason=reason)
+    kept = rounds["together"]
+    return statistics.compare(rounds["ours"][kept], rounds["baseline"][kept], better=better)
+
+
+def _pairs(
+    frame: pd.DataFrame, by: str, ours: str, baseline: str
+) -> list[tuple[dict | None, dict | None]]:
+    """Cells of `ours` beside cells of `baseline` that differ in nothing else; a cell without a
+    partner stands alone."""
+    match = MATCHES[by]
+    groups: dict[str, list[dict]] = {}
+    for cell in outcomes(frame).to_dict("records"):
+        if cell["suite"] != "parity":
+            groups.setdefault(cell[match], []).append(cell)
+    made: list[tuple[dict | None, dict | None]] = []
+    for group in groups.values():
+        lefts = [cell for cell in group if cell[by] == ours]
+        rights = [cell for cell in group if cell[by] == baseline]
+        taken = set()
+        for left in lefts:
+            partners = _of_its_kernels(left, rights) if by == "backend" else rights
+            taken |= {right["cell_id"] for right in partners}
+            made += [(left, right) for right in partners] or [(left, None)]
+        made += [(None, right) for right in rights if right["cell_id"] not in taken]
+    return made
+
+
+def _of_its_kernels(cell: dict, others: list[dict]) -> list[dict]:
+    """The cells of another backend that asked for the same kernels, else those that ran kernels of
+    the same name or, as this one, their backend's own. Unsupported cells are paired by equal
+    kernels alone, and only where nothing else is."""
+    equal = [other for other in others if other["kernels"] == cell["kernels"]]
+    if cell["outcome"] == "unsupported":
+        return equal
+    can_run = [other for other in others if other["outcome"] != "unsupported"]
+    return (
+        [other for other in can_run if other["kernels"] == cell["kernels"]]
+        or [other for other in can_run if _go_together(cell, other)]
+        or equal
+    )
+
+
+def _go_together(cell: dict, other: dict) -> bool:
+    for name in KERNELS:
+        asked = [json.loads(c["kernels"]).get(name, "auto") for c in (cell, other)]
+        ran = [c[name] if a == "auto" else a for a, c in zip(asked, (cell, other), strict=True)]
+        are_own = all(a == "auto" or a.startswith(OUR_KERNELS) for a in asked)
+        if not are_own and ran[0] != ran[1]:
+            return False
+    return True
+
+
+def _id(cell: dict | None) -> str | None:
+    return None if cell is None else cell["cell_id"]

@@ -1,0 +1,35 @@
+"""What is derived from one frame is derived once, within a block that says so."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import pandas as pd
+
+_memory: dict[tuple, tuple[pd.DataFrame, Any]] | None = None
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within the block, what is derived from one frame is derived once. Frames and results must
+    not be changed in place there."""
+    global _memory
+    before, _memory = _memory, {} if _memory is None else _memory
+    try:
+        yield
+    finally:
+        _memory = before
+
+
+def remembered(function: Callable) -> Callable:
+    @wraps(function)
+    def recall(frame: pd.DataFrame, *args: Any) -> Any:
+        if _memory is None:
+            return function(frame, *args)
+        key = (function.__name__, id(frame), args)
+        if key not in _memory:
+            _memory[key] = (frame, function(frame, *args))  # the frame kept: its id stays its own
+        return _memory[key][1]
+
+    return recall

@@ -1,0 +1,32 @@
+"""What analysis calls things, and which metrics it shows."""
+
+from typing import Any
+
+import pandas as pd
+
+# The metrics that tables show, by suite, the first being the suite's own question.
+HEADLINES = {
+    "training_speed": ("step_time_ms", "tokens_per_s", "mfu", "peak_memory_bytes",
+                       "compile_time_s"),
+    "prefill_latency": ("ttft_ms", "mfu", "peak_memory_bytes", "compile_time_s"),
+    "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
+    "decode_throughput": ("tokens_per_s", "max_batch_size"),
+    "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
+    "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
+}  # fmt: skip
+SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
+          "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
+TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
+         "op_time_ms")  # fmt: skip
+QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
+CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
+FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
+
+
+def plain(value: Any) -> Any:
+    """A value that is equal to itself: every kind of missing becomes None."""
+    return None if pd.isna(value) else value
+
+
+def family_order(name: str) -> tuple[int, str]:
+    return (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name)
