@@ -305,6 +305,9 @@ class Engine(Protocol):
     def decode(self, token_B: Any, cache: Any, *, num_tokens: int) -> tuple[Any, Any]:
         """(tokens [B, num_tokens], cache): greedy, one program. The cache given is used up."""
 
+    def to_numpy(self, tokens: Any) -> np.ndarray:
+        """What prefill or decode gave, on the host, in memory of its own."""
+
     def num_bytes(self, cache: Any) -> int:
         """Bytes of all states in the cache (its position counter not counted)."""
 

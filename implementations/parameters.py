@@ -6,8 +6,11 @@ its first axis to its second (x @ weight), in both.
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +84,10 @@ def prefixed(prefix: str, specs: list[ParamSpec]) -> list[ParamSpec]:
 
 def draw(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Initial values, float32, by name; each from its own generator, seeded by (seed, name)."""
-    return {spec.name: _draw(spec, seed) for spec in param_specs(config)}
+    specs = param_specs(config)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # NumPy draws outside the lock
+        values = pool.map(partial(_draw, seed=seed), specs)
+        return {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
 
 def _draw(spec: ParamSpec, seed: int) -> np.ndarray:

@@ -272,6 +272,9 @@ class Engine:
         self._latest = tokens_BT
         return tokens_BT, (states, position_B + np.int32(num_tokens))
 
+    def to_numpy(self, tokens: Array) -> np.ndarray:
+        return np.array(tokens)
+
     def num_bytes(self, cache: tuple) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0]))
 

@@ -312,6 +312,9 @@ class Engine:
             states = step.unload(cache.states)
         return torch.stack(tokens, 1), Cache(states, position + num_tokens)
 
+    def to_numpy(self, tokens: Tensor) -> np.ndarray:
+        return tokens.cpu().numpy().copy()
+
     def num_bytes(self, cache: Cache) -> int:
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves(cache.states))
 

@@ -182,6 +182,7 @@ def loaded(module: nn.Module, params: dict[str, nn.Parameter]) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         value = params[name]
         if value.stride() != parameter.stride():
-            value.data = torch.empty_like(parameter, dtype=value.dtype).copy_(value.data)
+            empty = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+            value.data = empty.copy_(value.data)
         setattr(module.get_submodule(path), leaf, value)
     return module

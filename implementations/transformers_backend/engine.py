@@ -198,6 +198,9 @@ class Engine:
             tokens.append(token_B)
         return torch.stack(tokens, 1), cache
 
+    def to_numpy(self, tokens: Tensor) -> np.ndarray:
+        return tokens.cpu().numpy().copy()
+
     def num_bytes(self, cache: Cache) -> int:
         """Of the values in use: right after a prefill its keys are views of a whole prompt's."""
         leaves = [leaf for state in cache.recurrences for leaf in state]

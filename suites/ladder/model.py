@@ -154,9 +154,9 @@ def _decode_checks(run: Run, engine: Engine, tokens_BT: np.ndarray, level: str) 
     prompt_BT = tokens_BT[:, : work.prompt_len]
     chunk_len = -(-work.prompt_len // 2)
     token_B, cache = engine.prefill(prompt_BT, capacity=work.seq_len, chunk_len=chunk_len)
-    first_B = np.asarray(token_B).copy()  # decode may use its inputs up
+    first_B = engine.to_numpy(token_B)  # decode may use its inputs up
     decoded_BT, cache = engine.decode(token_B, cache, num_tokens=work.num_new_tokens - 1)
-    decoded_BT = np.concatenate([first_B[:, None], np.asarray(decoded_BT)], axis=1)
+    decoded_BT = np.concatenate([first_B[:, None], engine.to_numpy(decoded_BT)], axis=1)
     decoded_BT = decoded_BT.astype(np.int64)
     is_token = (decoded_BT >= 0) & (decoded_BT < model.vocab_size)
     tokens_BT = np.concatenate([prompt_BT, np.where(is_token, decoded_BT, 0)], axis=1)

@@ -231,9 +231,8 @@ def _launch(kernel, logits: Tensor, *operands: Tensor | None, soft_cap: float | 
             logits,
             *operands,
             num_rows,
-            1.0 if soft_cap is None else soft_cap,
             V=V,
-            HAS_CAP=soft_cap is not None,
+            CAP=soft_cap,
             IGNORED=IGNORED,
             BLOCK_ROWS=block_rows,
             BLOCK_V=block_V,
@@ -253,18 +252,18 @@ def _rows(targets_ptr, num_rows, IGNORED: tl.constexpr, BLOCK_ROWS: tl.constexpr
 
 
 @triton.jit
-def _capped(logit, cap, HAS_CAP: tl.constexpr):
-    """(cap * tanh(logit / cap), its slope); exp of no positive number, so that none overflows, and
-    the first terms of tanh near 0, where its difference would cancel."""
-    if HAS_CAP:
-        u = logit / cap
+def _capped(logit, CAP: tl.constexpr):
+    """(CAP * tanh(logit / CAP), its slope), without a CAP (logit, 1); exp of no positive number, so
+    that none overflows, and the first terms of tanh near 0, where its difference would cancel."""
+    if CAP is not None:
+        u = logit / CAP
         e = tl.exp(-2 * tl.abs(u))
         inverse = 1 / (1 + e)
         far = tl.where(u >= 0, 1.0, -1.0) * (1 - e) * inverse
         square = u * u
         # The next term is below 3e-8 of the sum where |u| < 0.2.
         near = u * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-        logit = cap * tl.where(tl.abs(u) < 0.2, near, far)
+        logit = CAP * tl.where(tl.abs(u) < 0.2, near, far)
         slope = 4 * e * inverse * inverse
     else:
         slope = tl.full(logit.shape, 1.0, tl.float32)
@@ -276,9 +275,8 @@ def _log_sum(
     logits_ptr,
     row,
     is_row,
-    cap,
     V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -290,7 +288,7 @@ def _log_sum(
         mask = is_row[:, None] & (token < V)[None, :]
         at = row[:, None] * V + token[None, :]
         logit = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        logit, _ = _capped(logit, cap, HAS_CAP)
+        logit, _ = _capped(logit, CAP)
         logit = tl.where((token < V)[None, :], logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top[:, None]), 1)
@@ -300,21 +298,21 @@ def _log_sum(
 
 @triton.jit
 def _store_nll(
-    logits_ptr, nll_ptr, row, is_row, target, is_scored, log_sum, cap,
-    V: tl.constexpr, HAS_CAP: tl.constexpr,
+    logits_ptr, nll_ptr, row, is_row, target, is_scored, log_sum,
+    V: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """A target outside the vocabulary makes the loss NaN: nothing is read there."""
     is_token = is_scored & (target >= 0) & (target < V)
     at_target = tl.load(logits_ptr + row * V + target, mask=is_token, other=float("nan"))
-    at_target, _ = _capped(at_target.to(tl.float32), cap, HAS_CAP)
+    at_target, _ = _capped(at_target.to(tl.float32), CAP)
     nll = tl.where(is_scored, log_sum - at_target, 0.0)
     tl.store(nll_ptr + row, nll, mask=is_row)
 
 
 @triton.jit
 def _store_gradient(
-    logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, cap,
-    V: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """(softmax - one at the target) * dnll, through the cap; dnll is 0 where IGNORED."""
     for start in tl.range(0, V, BLOCK_V, num_stages=3):
@@ -322,7 +320,7 @@ def _store_gradient(
         mask = is_row[:, None] & (token < V)[None, :]
         at = row[:, None] * V + token[None, :]
         logit = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        logit, slope = _capped(logit, cap, HAS_CAP)
+        logit, slope = _capped(logit, CAP)
         is_target = token[None, :] == target[:, None]
         gradient = tl.exp(logit - log_sum[:, None]) - tl.where(is_target, 1.0, 0.0)
         gradient = gradient * dnll[:, None] * slope
@@ -336,19 +334,16 @@ def _nll_fwd_kernel(
     nll_ptr,  # [num_rows] float32
     total_ptr,  # [num_rows] float32: the log of the sum of exponentials, or None
     num_rows,
-    cap,
     V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     IGNORED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     first, row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
     logits_ptr += first * V
-    log_sum = _log_sum(logits_ptr, row, is_row, cap, V, HAS_CAP, BLOCK_ROWS, BLOCK_V)
-    _store_nll(
-        logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP
-    )
+    log_sum = _log_sum(logits_ptr, row, is_row, V, CAP, BLOCK_ROWS, BLOCK_V)
+    _store_nll(logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, V, CAP)
     if total_ptr is not None:
         tl.store(total_ptr + first + row, log_sum, mask=is_row)
 
@@ -361,9 +356,8 @@ def _nll_bwd_kernel(
     dnll_ptr,  # [num_rows] float32
     dlogits_ptr,  # [num_rows, V]
     num_rows,
-    cap,
     V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     IGNORED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -373,9 +367,7 @@ def _nll_bwd_kernel(
     log_sum = tl.load(total_ptr + first + row, mask=is_row, other=0.0)
     dnll = tl.load(dnll_ptr + first + row, mask=is_scored, other=0.0).to(tl.float32)
     dlogits_ptr += first * V
-    _store_gradient(
-        logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, cap, V, HAS_CAP, BLOCK_V
-    )
+    _store_gradient(logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, V, CAP, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -386,26 +378,21 @@ def _nll_both_kernel(
     nll_ptr,  # [num_rows] float32
     dlogits_ptr,  # [num_rows, V]: may be the logits themselves
     num_rows,
-    cap,
     V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    CAP: tl.constexpr,
     IGNORED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     first, row, is_row, target, is_scored = _rows(targets_ptr, num_rows, IGNORED, BLOCK_ROWS)
     logits_ptr += first * V
-    log_sum = _log_sum(logits_ptr, row, is_row, cap, V, HAS_CAP, BLOCK_ROWS, BLOCK_V)
-    _store_nll(
-        logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, cap, V, HAS_CAP
-    )
+    log_sum = _log_sum(logits_ptr, row, is_row, V, CAP, BLOCK_ROWS, BLOCK_V)
+    _store_nll(logits_ptr, nll_ptr + first, row, is_row, target, is_scored, log_sum, V, CAP)
     # In place another warp writes where the target's logit is read.
     tl.debug_barrier()
     dnll = tl.where(is_scored, 1 / tl.load(num_scored_ptr), 0.0)
     dlogits_ptr += first * V
-    _store_gradient(
-        logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, cap, V, HAS_CAP, BLOCK_V
-    )
+    _store_gradient(logits_ptr, dlogits_ptr, row, is_row, target, log_sum, dnll, V, CAP, BLOCK_V)
 
 
 VARIANTS = {"plain": _plain, "triton": _triton}

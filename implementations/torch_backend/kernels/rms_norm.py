@@ -139,7 +139,7 @@ def _forward(
             sum_BTD,
             y_BTD,
             num_rows,
-            eps,
+            EPS=eps,
             D=D,
             HAS_BRANCH=branch_BTD is not None,
             BLOCK_ROWS=block_rows,
@@ -167,7 +167,7 @@ def _backward(
             dx_BTD,
             partial_PD,
             num_rows,
-            eps,
+            EPS=eps,
             D=D,
             HAS_DSUM=dsum_BTD is not None,
             BLOCK_ROWS=block_rows,
@@ -201,7 +201,7 @@ def _rms_norm_fwd_kernel(
     sum_ptr,  # [num_rows, D]: written with a branch
     y_ptr,  # [num_rows, D]
     num_rows,
-    eps,
+    EPS: tl.constexpr,  # a float argument would be a double in a program of Inductor
     D: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -222,7 +222,7 @@ def _rms_norm_fwd_kernel(
         tl.store(sum_ptr + start + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
     scale = tl.load(scale_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)
-    rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
     y = x * rms_inverse[:, None] * (1 + scale)[None, :]
     tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -236,7 +236,7 @@ def _rms_norm_bwd_kernel(
     dx_ptr,  # [num_rows, D]
     partial_ptr,  # [programs, D] float32: of the scale's gradient
     num_rows,
-    eps,
+    EPS: tl.constexpr,  # a float argument would be a double in a program of Inductor
     D: tl.constexpr,
     HAS_DSUM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -258,7 +258,7 @@ def _rms_norm_bwd_kernel(
         start = tl.cast(block, tl.int64) * (BLOCK_ROWS * D)
         x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-        rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        rms_inverse = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
         unit = x * rms_inverse
         dscale += dy * unit
         dunit = dy * gain
