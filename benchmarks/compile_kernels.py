@@ -419,6 +419,8 @@ def _row(function: JITFunction, kernel, target: str) -> Row:
 def _config(function: JITFunction, kernel) -> str:
     """The dtypes of the pointers, the constants, and how many warps run it."""
     signature = kernel.src.signature.values()
+    floats = [name for name, kind in kernel.src.signature.items() if kind.startswith("fp")]
+    assert not floats, f"{function.__name__}: {floats} would be doubles in a program of Inductor"
     dtypes = dict.fromkeys(kind[1:] for kind in signature if kind.startswith("*"))
     constants = [
         f"{function.arg_names[path[0]]}={value}" for path, value in kernel.src.constants.items()
