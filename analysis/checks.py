@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from analysis.load import words
 from analysis.remember import remembered
 from analysis.vocabulary import family_order, plain
 
@@ -32,9 +33,10 @@ def parity(frame: pd.DataFrame) -> pd.DataFrame:
     facts = worst.set_index("attempt").assign(
         num_checks=checks.size(), is_within=checks["is_within"].all()
     )
+    facts = facts.to_dict("index")
     made = []
-    for run in rows.drop_duplicates("attempt").to_dict("records"):
-        fact = facts.loc[run["attempt"]] if run["attempt"] in facts.index else None
+    for run in words(rows[~rows["attempt"].duplicated()]).to_dict("records"):
+        fact = facts.get(run["attempt"])
         is_partial = plain(run["levels"]) is not None
         # what a part of the ladder could not finish says nothing of the rest
         is_red = run["outcome"] in WRONG if is_partial else run["outcome"] != "completed"
@@ -74,6 +76,7 @@ def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
     not within it.
     """
     rows = _latest_checks(frame).copy()
+    rows["attempt"] = rows["attempt"].astype(object)
     rows["at"] = rows["at"].astype("float64").fillna(-1)
     rows["field"] = rows["field"].astype(object).where(rows["field"].notna(), "")
     key = ["attempt", "field", "at"]
@@ -98,15 +101,16 @@ def _latest_checks(frame: pd.DataFrame) -> pd.DataFrame:
     """Parity rows: of each run and engine the last attempt, whatever was run before or since with
     another engine. Attempts sort by time."""
     rows = frame[frame["suite"] == "parity"]
-    latest = rows.groupby(["run_id", "engine_build"], dropna=False)["attempt"].transform("max")
-    return rows[rows["attempt"] == latest]
+    place = rows["attempt"].astype("category").cat.codes
+    key = [rows["run_id"], rows["engine_build"]]
+    return rows[place == place.groupby(key, dropna=False, observed=True).transform("max")]
 
 
 def mark_parity(rows: pd.DataFrame, status: pd.DataFrame) -> pd.DataFrame:
     """`parity` of each row: green, red, or none where no whole parity record has its key."""
     known = {tuple(plain(row[name]) for name in PARITY_KEY): row["status"]
              for row in status.to_dict("records") if row["status"] != PARTIAL}  # fmt: skip
-    keys = zip(*(rows[name] for name in PARITY_KEY), strict=True)
-    rows = rows.copy()
-    rows["parity"] = [known.get(tuple(map(plain, key)), MISSING) for key in keys]
-    return rows
+    numbers = rows.groupby(PARITY_KEY, dropna=False, sort=False, observed=True).ngroup()
+    keys = rows.loc[~numbers.duplicated(), PARITY_KEY].itertuples(index=False, name=None)
+    marks = [known.get(tuple(map(plain, key)), MISSING) for key in keys]
+    return rows.assign(parity=np.array(marks, dtype=object)[numbers])

@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import statistics
 from analysis.checks import PARITY_ORDER, mark_parity, parity
-from analysis.load import SAMPLE_COLUMNS
+from analysis.load import SAMPLE_COLUMNS, words
 from analysis.remember import remembered
 from analysis.vocabulary import CURVES, HEADLINES
 
@@ -16,37 +16,58 @@ from analysis.vocabulary import CURVES, HEADLINES
 @remembered
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a run: the attempt that counts, without its samples."""
-    counted = frame[frame["is_counted"].fillna(False).astype(bool)]
-    runs = counted.drop_duplicates("attempt").drop(columns=list(SAMPLE_COLUMNS))
-    return runs.reset_index(drop=True)
+    is_first = _is_counted(frame) & ~frame["attempt"].duplicated()
+    return words(frame[is_first].drop(columns=list(SAMPLE_COLUMNS))).reset_index(drop=True)
 
 
 @remembered
 def processes(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (run, metric, at): the median over repeats, with how many were odd."""
-    rows = frame[
-        frame["is_counted"].fillna(False).astype(bool)
+    rows = frame[["run_id", "metric", "at", "value"]][
+        _is_counted(frame)
         & (frame["outcome"] == "completed")
         & (frame["suite"] != "parity")
         & frame["value"].notna()
     ]
     rows = rows.assign(at=rows["at"].astype("float64"))
-    key = ["run_id", "metric", "at"]
-    grouped = rows.groupby(key, dropna=False, sort=False)["value"]
-    median = grouped.transform("median")
-    distance = (rows["value"] - median).abs()
-    rows = rows.assign(median=median, distance=distance)
-    grouped = rows.groupby(key, dropna=False, sort=False)
-    count = grouped["value"].transform("size")
-    spread = grouped["distance"].transform("median")
-    odd = statistics.is_far(distance, median, spread, count)
-    rows = rows.assign(num_repeats=count, odd=odd)
-    rows["num_outliers"] = rows.groupby(key, dropna=False, sort=False)["odd"].transform("sum")
-    rows = rows.drop_duplicates(key)
-    rows["value"] = rows["median"]
+    groups = _Groups(rows, ["run_id", "metric", "at"])
+    value = rows["value"].to_numpy()
+    median = groups.median(value)
+    distance = np.abs(value - median[groups.number])
+    spread = groups.median(distance)[groups.number]
+    count = groups.size[groups.number]
+    odd = statistics.is_far(distance, median[groups.number], spread, count)
+    firsts = frame.drop(columns="repeat").loc[rows.index[groups.first]]
+    firsts = firsts.assign(
+        at=firsts["at"].astype("float64"),
+        value=median,
+        num_repeats=groups.size,
+        num_outliers=np.bincount(groups.number, weights=odd).astype(int),
+    )
     marked = mark_parity(runs(frame), parity(frame)).set_index("run_id")["parity"]
-    rows["parity"] = rows["run_id"].map(marked)
-    return rows.drop(columns=["median", "distance", "odd", "repeat"]).reset_index(drop=True)
+    firsts["parity"] = firsts["run_id"].astype(object).map(marked)
+    return firsts.reset_index(drop=True)
+
+
+class _Groups:
+    """Rows that agree in some columns, numbered as they come; for what pandas does slowly where
+    groups are hundreds of thousands."""
+
+    def __init__(self, rows: pd.DataFrame, key: list[str]) -> None:
+        grouped = rows.groupby(key, dropna=False, sort=False, observed=True)
+        self.number = grouped.ngroup().to_numpy()
+        self.size = np.bincount(self.number)
+        self.start = np.cumsum(self.size) - self.size  # of each, where rows are in order
+        self.first = np.flatnonzero(~pd.Series(self.number).duplicated())
+
+    def median(self, values: np.ndarray) -> np.ndarray:
+        values = values[np.lexsort((values, self.number))]
+        middle = values[self.start + (self.size - 1) // 2], values[self.start + self.size // 2]
+        return (middle[0] + middle[1]) / 2
+
+
+def _is_counted(frame: pd.DataFrame) -> pd.Series:
+    return frame["is_counted"].fillna(False).astype(bool)
 
 
 @remembered
@@ -59,12 +80,14 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "across_backends", "across_families", "num_params",
                 "num_params_non_embedding"]  # fmt: skip
     key = ["cell_id", "metric", "at"]
-    least = rows.groupby(key, dropna=False, sort=False)["value"].transform("min")
-    rows = rows.assign(scaled=np.log(rows["value"].where(least > 0)).fillna(rows["value"]))
-    groups = rows.groupby(key, dropna=False, sort=False)
-    made = groups[settings].first()
-    made["value"] = groups["value"].median()
-    made["num_processes"] = groups["value"].size()
+    numbers = _Groups(rows, key)
+    value = rows["value"].to_numpy()
+    groups = rows.groupby(numbers.number, sort=False)
+    least = groups["value"].min().to_numpy()
+    made = words(pd.concat([rows[key].iloc[numbers.first].reset_index(drop=True),
+                            groups[settings].first()], axis=1))  # fmt: skip
+    made["value"] = numbers.median(value)
+    made["num_processes"] = numbers.size
     for name, column in (
         ("num_rounds", "round"),
         ("num_seeds", "seed"),
@@ -73,22 +96,24 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         made[name] = groups[column].nunique()
     made["num_outliers"] = groups["num_outliers"].sum()
     # Of several processes the least verified one speaks for the cell, and one stale is stale.
-    made["parity"] = groups["parity"].agg(lambda marks: max(marks, key=PARITY_ORDER.index))
+    rank = rows["parity"].map(PARITY_ORDER.index).groupby(numbers.number, sort=False).max()
+    made["parity"] = rank.map(dict(enumerate(PARITY_ORDER)))
     made["is_current"] = groups["is_current"].min()
     # statistics.median_interval of fewer than 20 processes, of all groups at once
-    n, is_log = made["num_processes"].to_numpy(dtype=int), (groups["value"].min() > 0).to_numpy()
-    mean, deviation = groups["scaled"].mean().to_numpy(), groups["scaled"].std(ddof=1).to_numpy()
+    n, is_log = numbers.size, least > 0
+    scaled = np.log(value, out=value.copy(), where=is_log[numbers.number])
+    scaled = pd.Series(scaled).groupby(numbers.number, sort=False)
+    mean, deviation = scaled.mean().to_numpy(), scaled.std(ddof=1).to_numpy()
     half = statistics.student_half_width(np.maximum(n, 2), deviation)
     for name, end in (("low", mean - half), ("high", mean + half)):
         made[name] = np.where(
             n > 1, np.where(is_log, np.exp(np.where(is_log, end, 0)), end), np.nan
         )
-    made = made.reset_index()
     is_many = (n >= statistics.BOOTSTRAP_ROUNDS) & ~made["metric"].isin(CURVES).to_numpy()
-    numbers, values = groups.ngroup().to_numpy(), rows["value"].to_numpy()
+    by_group = value[np.argsort(numbers.number, kind="stable")]
     for place in np.flatnonzero(is_many):
-        bounds = statistics.median_interval(values[numbers == place])
-        made.loc[place, ["low", "high"]] = bounds
+        values = by_group[numbers.start[place] : numbers.start[place] + n[place]]
+        made.loc[place, ["low", "high"]] = statistics.median_interval(values)
     variant = outcomes(frame).set_index("cell_id")["variant"]
     return made.assign(variant=made["cell_id"].map(variant))
 
@@ -182,7 +207,7 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
     """The peaks that MFU and MBU are shares of: by device, backend and dtype, with their name (a
     data sheet's device, or "measured"), the median over runs and the range."""
     names = ["peak_flops_per_s", "peak_bytes_per_s"]
-    rows = frame[frame["metric"].isin(names) & frame["is_counted"].fillna(False).astype(bool)]
+    rows = words(frame[frame["metric"].isin(names) & _is_counted(frame)])
     key = ["device_name", "backend", "dtype", "metric", "unit", "field"]
     found = rows.groupby(key, dropna=False, sort=True)["value"]
     return found.agg(["median", "min", "max", "size"]).reset_index()
@@ -190,10 +215,8 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
 
 def shown(rows: pd.DataFrame) -> pd.Series:
     """Headline metrics; `at` is kept for throughput by batch size alone."""
-    unknown = ~rows["suite"].isin(list(HEADLINES))
-    wanted = [metric in HEADLINES.get(suite, ()) for suite, metric in
-              zip(rows["suite"], rows["metric"], strict=True)]  # fmt: skip
     plain = rows["at"].isna() | (rows["suite"] == "decode_throughput")
-    return (pd.Series(wanted, index=rows.index, dtype=bool) | (unknown & plain)) & ~rows[
-        "metric"
-    ].isin(CURVES)
+    is_shown = ~rows["suite"].isin(list(HEADLINES)) & plain
+    for suite, metrics in HEADLINES.items():
+        is_shown |= (rows["suite"] == suite) & rows["metric"].isin(metrics)
+    return is_shown & ~rows["metric"].isin(CURVES)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from analysis import checks, comparisons, derive, style, tables, vocabulary
+from analysis import checks, comparisons, derive, load, style, tables, vocabulary
 from suites.harness.record import METRICS, PASSES
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
@@ -179,7 +179,7 @@ def training_parity(frame: pd.DataFrame) -> Figure | None:
     their distance from the float64 training grows as rounding alone lets it grow (grey: the same
     training, disturbed by float32's rounding and by nothing else)."""
     rows = frame[(frame["suite"] == "parity") & (frame["metric"] == "train_loss")]
-    rows = rows[rows["levels"] == "L5"]
+    rows = load.words(rows[rows["levels"] == "L5"])
     if rows.empty:
         return None
     rows = rows.assign(curve=rows["field"].where(rows["field"].notna(), rows["backend"]))

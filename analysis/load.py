@@ -1,13 +1,12 @@
 """Records of a store as one tidy DataFrame: a row a sample, or one row where there is none.
 
-`index.parquet` in the store is a cache of that frame: it is rebuilt whenever the names, sizes or
-times of the record files differ, and may be deleted at any time.
+Words are categories, in order, so that a row holds the number of a word alone: 100,000 records are
+millions of rows of 70 columns. What derives from records alone does so before they are joined with
+their samples (`read`, then `tidy`).
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
-from suites.harness.record import Record, read_all
+from analysis import index
+from suites.harness.record import Record
 
-INDEX = "index.parquet"
-FRAME_SCHEMA = 6  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 7  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -56,6 +57,12 @@ RECORD_COLUMNS = {
 SAMPLE_COLUMNS = {"metric": "str", "value": "float", "unit": "str", "repeat": "int", "at": "int",
                   "field": "str"}  # fmt: skip
 COLUMNS = RECORD_COLUMNS | SAMPLE_COLUMNS
+KINDS = {
+    "str": pa.dictionary(pa.int32(), pa.string()), "int": pa.int64(), "float": pa.float64(),
+    "bool": pa.bool_(),
+}  # fmt: skip
+NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+PART = 2**19  # rows of a frame that are written at a time
 RESOLVED = ("linear_scan", "attention", "layers", "program")  # of the engine, in its record
 
 
@@ -63,50 +70,63 @@ def load(store: Path) -> pd.DataFrame:
     """Every attempt of every run of a store; `is_counted` marks the attempt that stands for its
     run: the last completed one, else the last (`aerie` prefers one of the present build). Counts
     that a workload does not use are null."""
-    store = Path(store)
-    fingerprint = _fingerprint(store)
-    index = store / INDEX
-    with contextlib.suppress(OSError, ValueError):  # absent, unreadable or damaged: rebuilt below
-        if (frame := _read_index(index, fingerprint)) is not None:
-            return frame
-    frame = frame_of(list(read_all(store)))
-    if len(frame):
-        with contextlib.suppress(OSError):  # a store that cannot be written can still be read
-            _write_index(frame, index, fingerprint)
-    return frame
+    return tidy(*read(store))
+
+
+def read(store: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The records of a store, a row each, and their samples, of which `record` is the place of
+    theirs. Records may be marked or left out before `tidy` joins them."""
+    version = f"{FRAME_SCHEMA} {_digest(COLUMNS)}"
+    return _frames(index.table_of(Path(store), _table, version))
+
+
+def counted(records: pd.DataFrame, worth: pd.Series) -> pd.Series:
+    """Which attempt stands for its run: the last of those that are worth most."""
+    order = records.assign(worth=worth).sort_values("worth", kind="stable")
+    return ~order.duplicated("run_id", keep="last").astype("boolean").reindex(records.index)
+
+
+def tidy(records: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """A row a sample of these records, in their order, or one row where there is none."""
+    first, end = (
+        np.searchsorted(samples["record"], records.index, side) for side in ("left", "right")
+    )
+    rows = np.maximum(end - first, 1)
+    whose = np.repeat(np.arange(len(rows)), rows)
+    nth = np.arange(len(whose)) - (np.cumsum(rows) - rows)[whose]
+    which = np.where(first[whose] < end[whose], first[whose] + nth, -1)
+    columns = {name: records[name].array.take(whose) for name in RECORD_COLUMNS}
+    for name in SAMPLE_COLUMNS:
+        columns[name] = samples[name].array.take(which, allow_fill=True)
+    return pd.DataFrame(columns, copy=False)
 
 
 def frame_of(records: list[Record]) -> pd.DataFrame:
     """The tidy frame of records, which come oldest attempt first within a run."""
-    counted: dict[str, int] = {}
-    for number, record in enumerate(records):
-        before = counted.get(record.run_id)
-        if (
-            before is None
-            or record.outcome == "completed"
-            or records[before].outcome != "completed"
-        ):
-            counted[record.run_id] = number
-    digests: dict[str, dict[str, str]] = {}
-    rows = []
-    for number, record in enumerate(records):
-        if record.cell_id not in digests:
-            digests[record.cell_id] = _digests(record.run)
-        is_counted = counted[record.run_id] == number
-        rows.append(_row(record) | digests[record.cell_id] | {"is_counted": is_counted})
-    counts = [max(1, len(record.samples)) for record in records]
-    wide = _typed({name: [row.get(name) for row in rows] for name in RECORD_COLUMNS})
-    frame = wide.take(np.repeat(np.arange(len(rows)), counts)).reset_index(drop=True)
-    samples = [sample for record in records for sample in (record.samples or (None,))]
-    columns = {name: [getattr(s, name, None) for s in samples] for name in SAMPLE_COLUMNS}
-    return pd.concat([frame, _typed(columns)], axis=1)
+    return tidy(*_frames(_table(records)))
+
+
+def words(frame: pd.DataFrame) -> pd.DataFrame:
+    """Categories as the words that they stand for; what is missing is None."""
+    made = {}
+    for name, column in frame.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            known = np.append(column.cat.categories.to_numpy(dtype=object), None)
+            column = pd.Series(known[column.cat.codes], index=frame.index, dtype=object)
+        made[name] = column
+    return pd.DataFrame(made, copy=False)
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> Path:
     """The frame as a file that pandas.read_parquet reads back."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(path, index=False)
+    schema = pa.Schema.from_pandas(frame, preserve_index=False)
+    with parquet.ParquetWriter(path, schema) as writer:
+        # in parts: the whole of a large frame would need its memory once more
+        for start in range(0, len(frame), PART):
+            part = frame.iloc[start : start + PART]
+            writer.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
     return path
 
 
@@ -197,54 +217,51 @@ def _words(values: dict[str, Any] | None) -> str | None:
     return ", ".join(f"{k}={v}" for k, v in values.items() if v is not None) if values else None
 
 
-def _typed(columns: dict[str, list] | dict[str, pd.Series]) -> pd.DataFrame:
-    kinds = {"int": "Int64", "float": "float64", "bool": "boolean"}
-    made = {}
-    for name, values in columns.items():
-        made[name] = pd.Series(values, dtype=kinds.get(COLUMNS[name], object))
-    return pd.DataFrame(made)
+def _table(records: list[Record]) -> pa.Table:
+    """A row a record; its samples are lists, a column each."""
+    digests: dict[str, dict[str, str]] = {}
+    rows = []
+    for record in records:
+        if record.cell_id not in digests:
+            digests[record.cell_id] = _digests(record.run)
+        rows.append(_row(record) | digests[record.cell_id])
+    columns = {name: _array(name, [row.get(name) for row in rows]) for name in RECORD_COLUMNS}
+    samples = [sample for record in records for sample in record.samples]
+    ends = np.cumsum([0, *(len(record.samples) for record in records)])
+    for name in SAMPLE_COLUMNS:
+        values = _array(name, [getattr(sample, name) for sample in samples])
+        columns[name] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values)
+    return pa.table(columns)
 
 
-def _fingerprint(store: Path) -> str:
-    digest = hashlib.blake2b(f"{FRAME_SCHEMA} {sorted(COLUMNS)}".encode(), digest_size=16)
-    names = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(store / "runs") as runs:
-        for run in runs:
-            if run.is_dir():
-                with os.scandir(run.path) as files:
-                    for file in files:
-                        if file.name.endswith(".json") and not file.name.startswith("."):
-                            stat = file.stat()
-                            names.append(
-                                f"{run.name}/{file.name} {stat.st_size} {stat.st_mtime_ns}"
-                            )
-    digest.update("\n".join(sorted(names)).encode())
-    return digest.hexdigest()
+def _array(name: str, values: list) -> pa.Array:
+    kind = KINDS[COLUMNS[name]]
+    if COLUMNS[name] == "float":  # FLOPs may be integers that no float64 holds exactly
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(values, kind)
 
 
-def _read_index(path: Path, fingerprint: str) -> pd.DataFrame | None:
-    if not path.exists():
-        return None
-    from pyarrow import parquet
-
-    if (parquet.read_schema(path).metadata or {}).get(b"aerie") != fingerprint.encode():
-        return None
-    frame = parquet.read_table(path).to_pandas()
-    # what is missing is None again, as in a frame of records
-    objects = {name: frame[name].astype(object) for name in COLUMNS}
-    return _typed({name: values.where(values.notna(), None) for name, values in objects.items()})
+def _frames(table: pa.Table) -> tuple[pd.DataFrame, pd.DataFrame]:
+    columns = {name: table[name].combine_chunks() for name in COLUMNS}
+    records = pd.DataFrame({name: _values(columns[name]) for name in RECORD_COLUMNS}, copy=False)
+    records["is_counted"] = counted(records, records["outcome"] == "completed")
+    counts = columns["value"].value_lengths().to_numpy()
+    samples = {name: _values(columns[name].flatten()) for name in SAMPLE_COLUMNS}
+    samples["record"] = np.repeat(np.arange(len(counts)), counts)
+    return records, pd.DataFrame(samples, copy=False)
 
 
-def _write_index(frame: pd.DataFrame, path: Path, fingerprint: str) -> None:
-    from pyarrow import Table, parquet
-
-    table = Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), b"aerie": fingerprint.encode()}
-    )
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    parquet.write_table(table, temporary)
-    temporary.replace(path)
+def _values(array: pa.Array) -> Any:
+    """As pandas holds a column: words as categories in order, counts that may be missing."""
+    if not pa.types.is_dictionary(array.type):
+        return array.to_pandas(types_mapper=NULLABLE.get)
+    codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    words = array.dictionary.to_numpy(zero_copy_only=False)
+    used = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(words)))
+    used = used[np.argsort(words[used])]
+    place = np.full(len(words) + 1, -1)  # the last one is that of -1: missing
+    place[used] = np.arange(len(used))
+    return pd.Categorical.from_codes(place[codes], pd.Index(words[used], dtype=object))
 
 
 class _CallableModule(ModuleType):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import checks, comparisons, derive, matching, statistics, style, vocabulary
+from analysis import checks, comparisons, derive, load, matching, statistics, style, vocabulary
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
@@ -226,7 +226,7 @@ def peaks(frame: pd.DataFrame) -> Table:
 
 def bounds(frame: pd.DataFrame) -> Table:
     """What moving an op's bytes takes on devices that nobody has asked: by their data sheets."""
-    rows = frame[frame["metric"].isin(["bound_ms", "op_bytes"])]
+    rows = load.words(frame[frame["metric"].isin(["bound_ms", "op_bytes"])])
     rows = rows.assign(of=rows["field"].where(rows["metric"] == "bound_ms", "op_bytes"))
     key = ["suite", "family", "size", "model", "dtype", "op", "work_phase", "batch_size",
            "seq_len"]  # fmt: skip

@@ -178,13 +178,13 @@ def cancel(store: Path, names: list[str], *, all_: bool = False, as_json: bool =
 def collect(store: Path, out: Path | None, *, as_json: bool = False) -> int:
     """Settles what has ended and writes all records as one Parquet file."""
     commands.need_records(store)
-    from analysis import load
+    from analysis import derive, load
 
     with one_line():
         view = reconcile.reconcile(store)
         frame = load.load(store)
         path = load.write_parquet(frame, out or store / "records.parquet")
-    counted = frame[frame["is_counted"]].drop_duplicates("run_id")["outcome"].value_counts()
+    counted = derive.runs(frame)["outcome"].value_counts()
     if as_json:
         display.print_json({"path": str(path), "outcomes": counted.to_dict(),
                             "num_open_jobs": len(view.jobs)})  # fmt: skip

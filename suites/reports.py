@@ -37,21 +37,20 @@ def frame_of(store: Path) -> Any:
     """The tidy frame with is_current filled in (our build is the one that ran), and is_counted as
     the planner counts: the last finished attempt of our build, else of any, else the last. Without
     what was compiled and never ran, which aerie compile shows: nothing of it is a speed."""
-    import analysis
+    from analysis import load
 
-    frame = analysis.load(store)
-    frame = frame[frame["suite"] != "compile"].reset_index(drop=True)
+    records, samples = load.read(store)
+    records = records[records["suite"] != "compile"]
     columns = ["suite", "backend", "device_kind", "job", "build_device", "versions"]
-    asked = frame[columns].astype(object).where(frame[columns].notna(), None)
+    asked = records[columns].astype(object).where(records[columns].notna(), None)
     ours = {row: _our_build(*row) for row in set(asked.itertuples(index=False, name=None))}
-    is_current = frame["build"] == [ours[row] for row in asked.itertuples(index=False, name=None)]
-    is_finished = frame["outcome"].isin(FINISHED)
+    is_current = records["build"] == [ours[row] for row in asked.itertuples(index=False, name=None)]
+    is_finished = records["outcome"].isin(FINISHED)
     worth = is_finished.astype(int) + (is_finished & is_current)
-    place = worth.astype(str) + frame["attempt"]  # attempts sort by time
-    is_counted = place == place.groupby(frame["run_id"]).transform("max")
-    return frame.assign(
-        is_current=is_current.astype("boolean"), is_counted=is_counted.astype("boolean")
+    records = records.assign(
+        is_current=is_current.astype("boolean"), is_counted=load.counted(records, worth)
     )
+    return load.tidy(records, samples)
 
 
 def _our_build(
