@@ -182,13 +182,15 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     ends = ends.assign(length=lengths[0].fillna(lengths[1]), other_batch=batch)
     key = ["suite", "family", "size", "backend", "dtype", "device_kind"]
     same = [*key, "op", "work_phase", "variant", "num_new_tokens", "other_batch"]
-    for _, group in ends[ends["length"].notna()].groupby(same, sort=False, dropna=False):
-        is_out = group["outcome"].isin(["out_of_memory", "out_of_memory_predicted"])
-        if is_out.any():
-            done = group.loc[group["outcome"] == "completed", "length"]
-            first = group.loc[is_out, "length"].min()
-            longest = done.max() if len(done) else None
-            made.append(_frontier_row(group.iloc[0].to_dict(), "longest context", longest, first))
+    ends = ends[ends["length"].notna()]
+    is_out = ends["outcome"].isin(["out_of_memory", "out_of_memory_predicted"])
+    sweep = ends.groupby(same, sort=False, dropna=False).ngroup()
+    ends = ends.assign(is_out=is_out)[sweep.isin(sweep[is_out])]  # most sweeps meet none
+    for _, group in ends.groupby(same, sort=False, dropna=False):
+        done = group.loc[group["outcome"] == "completed", "length"]
+        first = group.loc[group["is_out"], "length"].min()
+        longest = done.max() if len(done) else None
+        made.append(_frontier_row(group.iloc[0].to_dict(), "longest context", longest, first))
     columns = [*key, "prompt_len", "frontier", "reached", "out_of_memory_at", "why"]
     return pd.DataFrame(made, columns=columns)
 

@@ -130,6 +130,18 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> Path:
     return path
 
 
+def read_parquet(path: Path) -> pd.DataFrame:
+    """What write_parquet wrote, held as load holds it."""
+    table = parquet.read_table(path).unify_dictionaries().combine_chunks()
+    made = {}
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        if COLUMNS.get(name) == "str" and not pa.types.is_dictionary(values.type):
+            values = values.cast(pa.string()).dictionary_encode()  # nothing but missing ones
+        made[name] = _values(values)
+    return pd.DataFrame(made, copy=False)
+
+
 def _row(record: Record) -> dict[str, Any]:
     run, seen, costs = record.run, record.provenance, record.costs
     model, work = run["model"], run["workload"]
