@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 
-# scipy.stats takes a second to import: the bootstrap alone does
-from scipy.special import (
-    bdtrik,
-    stdtrit,
-)  # scipy.stats takes a second to import; only the bootstrap needs it
+# scipy.stats takes a second to import: only the bootstrap does
+from scipy.special import bdtrik, stdtrit
 
 LEVEL = 0.95
 MIN_ROUNDS = 6  # below: no verdict
 BOOTSTRAP_ROUNDS = 20  # from here the bootstrap takes over from Student's t
+# Adaptive rounds look at their interval after 8, 12, 16, ... rounds. Each look is a chance to stop
+# while the spread is underestimated: with these, at worst (noise for which the decision falls
+# between 12 and 20 rounds) the interval at the end holds the truth 93.5 times in 100; looking at 6
+# and each second round after it, 92.9 times.
+FIRST_LOOK = 8
+LOOK_EVERY = 4
 EQUIVALENCE_MARGIN = 0.02  # ratios within 2% of 1 are equivalent
 NUM_RESAMPLES = 1999
 MIN_REPEATS = 5  # below: no repeat is called an outlier
@@ -134,6 +137,28 @@ def unpaired(ours: float, baseline: float, *, better: str, reason: str) -> Compa
         return Comparison(None, None, 0, UNPAIRED, reason)
     ratio = baseline / ours if better == "lower" else ours / baseline
     return Comparison(ratio, None, 0, UNPAIRED, reason)
+
+
+def is_look(num_rounds: int) -> bool:
+    """Whether adaptive rounds may stop after so many."""
+    return num_rounds >= FIRST_LOOK and (num_rounds - FIRST_LOOK) % LOOK_EVERY == 0
+
+
+def is_settled(ours: Sequence[float], baseline: Sequence[float], until: float) -> bool:
+    """Whether one pair needs no further round: its interval is known to within `until` (0.02: the
+    upper end is at most 2% above the lower) at a round count where it may be looked at.
+
+    ours[i] and baseline[i] are per-process medians of one round. How narrow the interval is says
+    nothing of which side is faster, and that is never looked at: to stop at a wished-for sign
+    would make verdicts false.
+    """
+    if not until > 0:
+        raise ValueError(f"until={until!r}; must be above 0, as 0.02 for 2%.")
+    found = compare(ours, baseline)
+    if found.interval is None or not is_look(found.num_rounds):
+        return False
+    low, high = found.interval
+    return high / low - 1 <= until
 
 
 def _verdict(interval: Interval | None, n: int) -> tuple[str, str | None]:

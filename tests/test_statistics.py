@@ -169,3 +169,26 @@ def test_baseline_of_zero_gives_no_ratio():
 def test_unequal_rounds_are_refused():
     with pytest.raises(ValueError, match="as many rounds"):
         statistics.compare([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("n", range(1, 26))
+def test_rounds_settle_only_where_they_are_looked_at(n):
+    found = statistics.is_settled(*rounds(1.0, n, 1e-5), until=0.02)
+    assert found == (n in (8, 12, 16, 20, 24))
+
+
+@pytest.mark.parametrize("n", [8, 12, 16, 20])
+def test_rounds_settle_by_width_whichever_side_is_faster(n):
+    ours, baseline = rounds(1.0, n, 0.005)
+    low, high = statistics.compare(ours, baseline).interval
+    width = high / low - 1
+    for ratio in (0.5, 0.97, 1.0, 1.03, 2.0):
+        assert statistics.is_settled(ours, ratio * baseline, width * 1.001)
+        assert not statistics.is_settled(ours, ratio * baseline, width * 0.999)
+        assert not statistics.is_settled(ratio * baseline, ours, width * 0.999)
+
+
+def test_rounds_that_give_no_ratio_never_settle():
+    assert not statistics.is_settled([0.0] * 8, [1.0] * 8, 0.02)
+    with pytest.raises(ValueError, match="until=0"):
+        statistics.is_settled([1.0] * 8, [1.0] * 8, 0)
