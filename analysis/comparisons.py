@@ -1,12 +1,13 @@
 """Matched pairs of cells that differ in one setting: both values, paired rounds, verdict."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import statistics
+from analysis import noise, statistics
 from analysis.derive import outcomes, processes, shown, summary
 from analysis.remember import remembered
 from analysis.vocabulary import HEADLINES, QUALITIES, TIMES, plain
@@ -22,12 +23,14 @@ _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op",
              "data", "variant")  # fmt: skip
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
-         "num_outliers", "linear_scan")  # fmt: skip
+         "num_outliers", "flags", "linear_scan")  # fmt: skip
 _PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
                  *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
-                 "speedup", "speedup_low", "speedup_high", "difference", "num_paired_rounds",
-                 "verdict", "reason"]  # fmt: skip
-_PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "difference", "at",
+                 "speedup", "speedup_low", "speedup_high", "margin", "difference",
+                 "difference_low", "difference_high", "p", "detectable", "num_paired_rounds",
+                 "num_paired_seeds", "verdict", "reason"]  # fmt: skip
+_PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "margin", "difference",
+                 "difference_low", "difference_high", "p", "detectable", "at",
                  *(f"{name}_{side}" for name in ("value", "low", "high", "num_rounds", "num_seeds")
                    for side in ("ours", "baseline"))]  # fmt: skip
 
@@ -48,6 +51,9 @@ def comparisons(
 def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.DataFrame:
     cells = summary(frame)
     cells = cells[shown(cells)]
+    odd = noise.flags(frame)
+    places = zip(cells["cell_id"], cells["metric"], cells["at"].fillna(-1), strict=True)
+    cells = cells.assign(flags=[odd.get(place, "") for place in places])
     pairs = _pairs(frame, by, ours, baseline)
     evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in pairs])
     facts = {}
@@ -65,7 +71,8 @@ def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.D
         for metric, at in dict.fromkeys(wanted):
             a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
             rounds = evidence.get((_id(left), _id(right), metric, at))
-            found = _compare(rounds, a, b, METRICS[metric].better)
+            compare = _differ if metric in QUALITIES else _compare
+            found = compare(rounds, a, b, METRICS[metric].better)
             row = _pair_row(left, right, a, b, metric, at, found)
             if by == "backend" and left and right and left["variant"] != right["variant"]:
                 row["variant"] = f"{left['variant']} beside {right['variant']}"
@@ -81,7 +88,7 @@ def _pair_row(
     b: dict | None,
     metric: str,
     at: float | None,
-    found: statistics.Comparison,
+    found: statistics.Comparison | statistics.Difference,
 ) -> dict[str, Any]:
     row = {name: (left or right)[name] for name in _SETTINGS}
     row |= {"metric": metric, "at": at, "unit": METRICS[metric].unit}
@@ -90,13 +97,25 @@ def _pair_row(
             source = fact if fact is not None and name in fact else (cell or {})
             row[f"{name}_{side}"] = source.get(name)
     low, high = found.interval or (None, None)
-    difference = a["value"] - b["value"] if a and b and metric in QUALITIES else None
+    if isinstance(found, statistics.Difference):
+        return row | {
+            "difference": found.value,
+            "difference_low": low,
+            "difference_high": high,
+            "p": found.p,
+            "detectable": found.detectable,
+            "num_paired_rounds": 0,
+            "num_paired_seeds": found.num_seeds,
+            "verdict": found.verdict if found.value is not None else None,
+            "reason": found.reason,
+        }
     return row | {
         "speedup": found.speedup,
         "speedup_low": low,
         "speedup_high": high,
-        "difference": difference,
+        "margin": found.margin,
         "num_paired_rounds": found.num_rounds,
+        "num_paired_seeds": 0,
         "verdict": found.verdict if metric in TIMES else None,
         "reason": found.reason,
     }
@@ -104,10 +123,11 @@ def _pair_row(
 
 def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, np.ndarray]]:
     """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
-    sides, and whether the two processes shared a block, a node and a device."""
+    sides, whether the two processes shared a block, a node and a device, and how noisy that is.
+    From 20 rounds on the repeats of both too."""
     rows = processes(frame)
-    rows = rows.loc[shown(rows), ["cell_id", "metric", "at", "seed", "round", "value", "block",
-                                   "node", "device_name"]]  # fmt: skip
+    rows = rows.loc[shown(rows), ["cell_id", "run_id", "metric", "at", "seed", "round", "value",
+                                   "block", "node", "device_name"]]  # fmt: skip
     rows["at"] = rows["at"].fillna(-1)
     ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
     ids = ids.drop_duplicates().astype(object)
@@ -125,17 +145,51 @@ def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, 
     columns = {
         "ours": both["value"].to_numpy(dtype=float),
         "baseline": both["value_2"].to_numpy(dtype=float),
+        "seed": both["seed"].to_numpy(dtype=int),
         "in_block": in_block,
         "together": together,
+        "margin": _margins(frame, both),
     }
     key = ["cell_id", "other", "metric", "at"]
     groups = both.groupby(key, sort=False).indices if len(both) else {}
-    return {
+    found = {
         (cell, other, metric, None if at < 0 else at): {
             name: values[places] for name, values in columns.items()
         }
         for (cell, other, metric, at), places in groups.items()
     }
+    many = [rows for rows in groups.values() if len(rows) >= statistics.BOOTSTRAP_ROUNDS]
+    if many:
+        columns |= _repeats(frame, both, np.concatenate(many))
+        for rounds, places in zip(found.values(), groups.values(), strict=True):
+            if len(places) >= statistics.BOOTSTRAP_ROUNDS:
+                rounds |= {name: columns[name][places] for name in ("repeats", "repeats_2")}
+    return found
+
+
+def _margins(frame: pd.DataFrame, both: pd.DataFrame) -> np.ndarray:
+    floors = noise.floors(frame)
+    places = zip(both["node"], both["device_name"], both["metric"], strict=True)
+    unknown = statistics.noise_floor(())
+    return np.array([floors.get(place, unknown) for place in places], dtype=float)
+
+
+def _repeats(frame: pd.DataFrame, both: pd.DataFrame, places: np.ndarray) -> dict[str, np.ndarray]:
+    """The values that each process of these rows was summed up from, for both sides."""
+    wanted = both.iloc[places]
+    rows = frame[frame["is_counted"].fillna(False).astype(bool) & frame["value"].notna()]
+    rows = rows[rows["run_id"].isin({*wanted["run_id"], *wanted["run_id_2"]})]
+    rows = rows[["run_id", "metric", "at", "value"]].astype({"run_id": object, "metric": object})
+    rows = rows.assign(at=rows["at"].astype("float64").fillna(-1)).reset_index(drop=True)
+    groups = rows.groupby(["run_id", "metric", "at"], sort=False).indices
+    values, found = rows["value"].to_numpy(dtype=float), {}
+    for side in ("", "_2"):
+        column = np.empty(len(both), dtype=object)
+        keys = zip(wanted[f"run_id{side}"], wanted["metric"], wanted["at"], strict=True)
+        for place, key in zip(places, keys, strict=True):
+            column[place] = values[groups[key]]
+        found[f"repeats{side}"] = column
+    return found
 
 
 def _compare(
@@ -153,7 +207,30 @@ def _compare(
         reason = "measured on different nodes or devices" if is_block else "not of one block"
         return statistics.unpaired(a["value"], b["value"], better=better, reason=reason)
     kept = rounds["together"]
-    return statistics.compare(rounds["ours"][kept], rounds["baseline"][kept], better=better)
+    repeats = (rounds["repeats"][kept], rounds["repeats_2"][kept]) if "repeats" in rounds else None
+    return statistics.compare(
+        rounds["ours"][kept],
+        rounds["baseline"][kept],
+        better=better,
+        margin=float(rounds["margin"][kept].max()),
+        repeats=repeats,
+    )
+
+
+def _differ(
+    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str
+) -> statistics.Difference:
+    """Of a quality, over seeds; on which node each was trained does not matter to it."""
+    if a is None or b is None:
+        return statistics.difference((), ())
+    if rounds is None:
+        return replace(statistics.difference((), ()), value=a["value"] - b["value"])
+    _, places = np.unique(rounds["seed"], return_inverse=True)
+    means = [
+        np.bincount(places, weights=rounds[side]) / np.bincount(places)
+        for side in ("ours", "baseline")
+    ]
+    return statistics.difference(*means, better=better)
 
 
 def _pairs(

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from synthetic_records import record, sample
 
-from analysis import comparisons, derive, statistics
+from analysis import comparisons, derive, statistics, tables
 from analysis.load import frame_of
 
 
@@ -116,19 +116,19 @@ def test_hierarchical_bootstrap_takes_processes_of_unequal_repeats():
     assert high - low < 0.03
 
 
-def test_ranks_that_are_drawn_are_those_of_resampled_medians():
-    """The shares of each value among medians of 6 draws from 6, as drawing them gives."""
-    rounds, low, high = statistics._resamples((6,) * 20, (6,) * 20)
-    assert rounds.shape == low[0].shape
-    drawn = np.sort(np.random.default_rng(1).integers(6, size=(40_000, 6)), axis=1)
+@pytest.mark.parametrize("m", [5, 6])
+def test_ranks_that_are_drawn_are_those_of_resampled_medians(m):
+    """How often each value, and each sum of two, is the median of m draws from m repeats."""
+    rounds, ((low, high), _) = statistics._resamples(((m,) * 20, (m,) * 20))
+    low, high = low - m * rounds, (low if high is None else high) - m * rounds
+    drawn = np.sort(np.random.default_rng(1).integers(m, size=(40_000, m)), axis=1)
+    theirs_low, theirs_high = drawn[:, (m - 1) // 2], drawn[:, m // 2]
     for ours, theirs in (
-        (low, drawn[:, 2]),
-        (high, drawn[:, 3]),
-        (low + high, drawn[:, 2:4].sum(1)),
+        (low, theirs_low),
+        (high, theirs_high),
+        (low + high, theirs_low + theirs_high),
     ):
-        shares = [
-            np.bincount(np.ravel(ranks), minlength=11) / ranks.size for ranks in (ours, theirs)
-        ]
+        shares = [np.bincount(ranks.ravel(), minlength=11) / ranks.size for ranks in (ours, theirs)]
         assert shares[0] == pytest.approx(shares[1], abs=0.008)
 
 
@@ -357,3 +357,102 @@ def test_values_that_never_change_are_no_drift_and_no_modes():
     assert not statistics.has_two_modes(np.zeros(12))
     assert not statistics.is_drifting(np.zeros(3))
     assert not statistics.has_two_modes(np.zeros(3))
+
+
+def timed_block(num_rounds: int, noise: float, repeats: int = 3, ours: float = 1.0, **rest):
+    """Records of both backends, A B B A, whose processes differ by `noise`."""
+    rng = np.random.default_rng(num_rounds)
+    made = []
+    for round in range(num_rounds):
+        names = ("torch", "jax") if round % 2 else ("jax", "torch")
+        for place, backend in enumerate(names):
+            middle = 10 * rng.normal(1, noise) * (ours if backend == "jax" else 1)
+            values = middle * (1 + 0.001 * np.arange(repeats))
+            samples = tuple(sample("step_time_ms", v, repeat=i) for i, v in enumerate(values))
+            order = 2 * round + place
+            made.append(record(backend=backend, samples=samples, round=round, order=order, **rest))
+    return made
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(1e-4, 0.005, 0.005), (0.05, 0.02, 0.02),
+                                                    (0.003, 0.005, 0.015)])  # fmt: skip
+def test_margin_is_the_noise_of_the_node_that_the_records_themselves_hold(noise, low, high):
+    records = timed_block(12, noise)
+    records += timed_block(12, 0.1, host="node2", block="block1", seq_len=64)  # a noisy machine
+    found = comparisons.comparisons(frame_of(records)).set_index("seq_len")
+    assert low <= found.loc[found.index.isna(), "margin"].item() <= high
+    assert found.loc[64, "margin"] == 0.02
+
+
+def test_a_slow_down_of_one_percent_is_seen_on_a_quiet_machine():
+    assert compare_backends(timed_block(12, 0.001, ours=1.01))["verdict"] == "slower"
+    assert compare_backends(timed_block(12, 0.006, ours=1.005))["verdict"] == "equivalent"
+
+
+def test_many_rounds_are_resampled_with_their_repeats():
+    frame = frame_of(timed_block(20, 0.01, repeats=4))
+    found = comparisons.comparisons(frame).iloc[0]
+    values = {
+        name: np.reshape(rows["value"].to_numpy(float), (20, 4))
+        for name, rows in frame.groupby("backend")
+    }
+    want = statistics.bootstrap_interval(values["torch"], values["jax"])
+    assert np.log([found["speedup_low"], found["speedup_high"]]) == pytest.approx(want)
+    alone = statistics.compare(*(np.median(values[name], axis=1) for name in ("jax", "torch")))
+    assert found["speedup"] == pytest.approx(alone.speedup)
+    assert found["speedup_low"] != pytest.approx(alone.interval[0], rel=1e-9)
+
+
+def test_what_drifts_or_has_two_modes_is_said_of_its_side():
+    records = timed_block(12, 0.001)
+    odd = {
+        "jax": [10 * 1.005**round for round in range(12)],
+        "torch": [10.5 if round % 3 else 10 + 0.001 * round for round in range(12)],
+    }
+    records = [
+        record(backend=backend, samples=(sample("step_time_ms", value),), round=round)
+        for backend, values in odd.items()
+        for round, value in enumerate(values)
+    ]
+    table = tables.side_by_side(frame_of(records))
+    row = table.frame.iloc[0]
+    assert (row["flags_ours"], row["flags_baseline"]) == ("drifting", "two modes")
+    places = [table.header.index(name) for name in ("jax", "torch")]
+    assert [table.rows[0][place].partition(" (")[2] for place in places] == [
+        "drifting)",
+        "two modes)",
+    ]
+
+
+def trained(backend: str, losses) -> list:
+    return [
+        record("language_modeling", backend=backend, samples=(sample("loss", loss),), seed=seed,
+               block=None, host=f"node of {backend}")
+        for seed, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+def test_losses_are_compared_over_seeds_by_their_difference():
+    records = trained("jax", [1.0, 1.2, 1.1, 1.3]) + trained("torch", [1.1, 1.4, 1.2, 1.5])
+    table = tables.side_by_side(frame_of(records))
+    row = table.frame.iloc[0]
+    want = statistics.difference([1.0, 1.2, 1.1, 1.3], [1.1, 1.4, 1.2, 1.5])
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(want.interval)
+    assert (row["verdict"], row["num_paired_seeds"]) == ("better", 4)
+    assert np.isnan(row["speedup"])
+    text = dict(zip(table.header, table.rows[0], strict=True))
+    assert text["jax / torch"] == "-0.1500 [-0.2419, -0.0581] nats/token"
+    assert text["verdict"] == "jax better"
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([1.0], "not resolved (1 of 3 seeds)"),
+        ([1.0, 1.4, 1.1], "not resolved (0.57 nats/token would be)"),
+    ],
+)
+def test_what_is_not_resolved_says_what_would_have_been(losses, verdict):
+    records = trained("jax", losses) + trained("torch", [1.1, 1.2, 1.2][: len(losses)])
+    table = tables.side_by_side(frame_of(records))
+    assert table.rows[0][table.header.index("verdict")] == verdict
