@@ -36,6 +36,24 @@ def _complete(incomplete: str) -> Iterator[str]:
             yield from sorted(f"{group}={path.stem}" for path in folder.glob("*.yaml"))
 
 
+def _share(typed: str | None) -> str | None:
+    """2% or 0.02, as the number that suite.until_ci takes."""
+    if typed is None:
+        return None
+    try:
+        number = float(typed.removesuffix("%")) / (100 if typed.endswith("%") else 1)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise typer.BadParameter(f"{typed!r} is no share above 0 and below 1; write 2% or 0.02.")
+    return f"{number:.9g}"
+
+
+def _with(overrides: list[str] | None, until_ci: str | None) -> list[str]:
+    """What was typed, and the option as the setting that it is."""
+    return [*(overrides or []), *([f"suite.until_ci={until_ci}"] if until_ci else [])]
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Hydra overrides, e.g. suite=training_speed.", autocompletion=_complete),
@@ -45,6 +63,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Rerun = Annotated[bool, typer.Option("--rerun-stale", help="Run again what an older build ran.")]
 Verify = Annotated[
     bool, typer.Option("--verify-frontier", help="Try points that are predicted not to fit.")
+]
+UntilCi = Annotated[
+    str | None,
+    typer.Option(
+        "--until-ci",
+        metavar="SHARE",
+        callback=_share,
+        help="2% or 0.02: end the rounds of a comparison when its intervals are as narrow; "
+        "suite.rounds is then the most, and 20 unless it is named.",
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the batch files; write and submit nothing.")
@@ -61,6 +89,7 @@ def run(
     results: Results = RAW,
     rerun_stale: Rerun = False,
     verify_frontier: Verify = False,
+    until_ci: UntilCi = None,
     as_json: Json = False,
 ) -> None:
     """Run what is not finished, then print the comparison and write the report."""
@@ -68,7 +97,7 @@ def run(
 
     raise typer.Exit(
         commands.run(
-            overrides or [],
+            _with(overrides, until_ci),
             results,
             rerun_stale=rerun_stale,
             verify_frontier=verify_frontier,
@@ -78,11 +107,16 @@ def run(
 
 
 @app.command()
-def plan(overrides: Overrides = None, results: Results = RAW, as_json: Json = False) -> None:
+def plan(
+    overrides: Overrides = None,
+    results: Results = RAW,
+    until_ci: UntilCi = None,
+    as_json: Json = False,
+) -> None:
     """List the runs, what each costs, and why it would run. Starts nothing."""
     from suites import commands
 
-    raise typer.Exit(commands.show_plan(overrides or [], results, as_json=as_json))
+    raise typer.Exit(commands.show_plan(_with(overrides, until_ci), results, as_json=as_json))
 
 
 @app.command()
@@ -92,6 +126,7 @@ def submit(
     dry_run: DryRun = False,
     rerun_stale: Rerun = False,
     verify_frontier: Verify = False,
+    until_ci: UntilCi = None,
     as_json: Json = False,
 ) -> None:
     """Show the bill, submit what is not finished to the cluster (cluster=slurm_gpu), and return."""
@@ -99,7 +134,7 @@ def submit(
 
     raise typer.Exit(
         jobs.submit(
-            overrides or [],
+            _with(overrides, until_ci),
             results,
             dry_run=dry_run,
             rerun_stale=rerun_stale,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from suites import compose, display, gate, reports
-from suites.harness import corpora, pack, plan, provenance, slurm
+from suites.harness import corpora, pack, plan, provenance, rounds, slurm
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
@@ -78,7 +78,9 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
                   "cache_bytes", "predicted_peak_memory", "reason"]  # fmt: skip
         display.print_table(header, map(display.plan_row, planned))
         reasons = Counter(item.reason for item in planned)
-        pending = sum(item.is_pending for item in planned)
+        pending = f"{sum(item.is_pending for item in planned)}"
+        if any(item.is_pending and item.until_ci for item in planned):
+            pending = f"at most {pending}"
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"{display.count(len(planned), 'run')}, {pending} would start: {words}.")
     if missing := sum(item.is_pending for item in _ahead(planned, store)):
@@ -204,7 +206,8 @@ def planned_of(
         request = compose.read(overrides, bare=bare)
         runs = [run for settings in request.settings for run in plan.expand(settings)]
         data_configs(request.settings)
-        return request, plan.plan(store, runs)
+        until = rounds.asked(request.settings)
+        return request, rounds.settle(store, plan.plan(store, runs), until)
 
 
 def data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
@@ -252,13 +255,14 @@ def unknown(option: str, value: str, known: list[str]) -> str:
 def todo(
     planned: list[Planned], rerun_stale: bool = False, verify_frontier: bool = False
 ) -> list[Planned]:
-    return [
+    chosen = [
         item
         for item in planned
         if item.is_pending
         or (item.is_stale and rerun_stale)
         or (verify_frontier and item.outcome == "out_of_memory_predicted")
     ]
+    return rounds.along(chosen, planned)
 
 
 def _ahead(
@@ -285,7 +289,9 @@ def run_pending(
     ids = {item.run.run_id for item in pending}
     stale = [item for item in planned if item.is_stale and item.run.run_id not in ids]
     if not pending:
-        print(f"nothing to run: all {len(planned)} runs have ended before.", file=sys.stderr)
+        spared = sum(item.is_needless for item in planned)
+        words = f", or are not needed ({spared})" if spared else ""
+        print(f"nothing to run: all {len(planned)} runs have ended before{words}.", file=sys.stderr)
     if stale:
         reasons = Counter(item.reason for item in stale)
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -309,6 +315,7 @@ def run_pending(
                 replace(cluster, runs_in_parallel=lanes),
                 on_start=progress.started,
                 on_end=progress.ended,
+                on_spare=progress.spared,
                 verify_frontier=verify_frontier,
                 proven=proven,
             )
@@ -321,11 +328,11 @@ def run_pending(
             file=sys.stderr,
         )
     if result.is_interrupted:
-        left = len(pending) - len(result.outcomes)
+        left = len(pending) - len(result.outcomes) - len(result.not_needed)
         again = reports.command_of(request.command, overrides, store)
         left = display.count(left, "run")
         print(f"interrupted; {left} not started. To go on: {again}", file=sys.stderr)
-    return result, planned
+    return result, rounds.spared(planned, result.not_needed)
 
 
 def counted(store: Path, item: Planned) -> dict[str, Any] | None:
@@ -358,24 +365,26 @@ def prepare_data(config: DataConfig, workers: int | None) -> Any:
 
 
 def _final(planned: list[Planned], result: Result) -> Counter:
-    return Counter(
-        result.outcomes.get(item.run.run_id) or item.outcome or "not run" for item in planned
-    )
+    return Counter(_end(item, result) or "not run" for item in planned)
+
+
+def _end(item: Planned, result: Result) -> str | None:
+    """How a run has ended, or that it is not needed; None where it is still to be run."""
+    ended = result.outcomes.get(item.run.run_id)
+    return ended or (rounds.STATE if item.is_needless else item.outcome)
 
 
 def exit_code(planned: list[Planned], result: Result) -> int:
     fine = all(
-        plan.ended_as_planned(
-            result.outcomes.get(item.run.run_id) or item.outcome,
-            is_search=item.run.workload.max_batch_size > 0,
-        )
+        _end(item, result) == rounds.STATE
+        or plan.ended_as_planned(_end(item, result), is_search=item.run.workload.max_batch_size > 0)
         for item in planned
     )
     return AS_PLANNED if fine and not result.is_interrupted else NOT_AS_PLANNED
 
 
 def _with_outcome(item: Planned, result: Result) -> dict[str, Any]:
-    return item.to_json() | {"outcome": result.outcomes.get(item.run.run_id) or item.outcome}
+    return item.to_json() | {"outcome": _end(item, result)}
 
 
 # Words ------------------------------------------------------------------------------------------
@@ -385,7 +394,7 @@ def _print_ends(planned: list[Planned], ahead: list[Planned], result: Result) ->
     print(f"\n{display.count(len(planned), 'run')}: {_ends(planned, result)}.")
     if ahead:
         print(f"{_proxies(len(ahead))}: {_ends(ahead, result)}.")
-    ends = [(item.run, result.outcomes.get(item.run.run_id) or item.outcome) for item in ahead]
+    ends = [(item.run, _end(item, result)) for item in ahead]
     lost = dict.fromkeys(
         f"{run.model.family} {run.backend} {run.dtype}"
         for run, outcome in ends

@@ -22,12 +22,14 @@ from omegaconf import OmegaConf
 
 from implementations.config import build, choose
 from suites.harness.cluster import Cluster
+from suites.harness.rounds import MOST_ROUNDS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODEL_GROUPS = ("settings", "size", "family")  # together they make a model; later ones win
 GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
 VALUES = ("dtype", "device_kind")
+UNTIL, ROUNDS = "suite.until_ci", "suite.rounds"
 # `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.
 BARE_PLAN = ("suite=training_speed", "suite.seq_lens=[2048]",
              "suite.tokens_per_step=2048", "suite.rounds=1", "dtype=bfloat16")  # fmt: skip
@@ -58,6 +60,7 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
     typed = parse(overrides)
     experiment = typed.pop("experiment", None)
     if experiment is None:
+        below: dict[str, list[Any]] = {}
         if "suite" not in typed:
             if not bare:
                 raise ValueError(
@@ -65,9 +68,9 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
                     "(experiment=quickstart). "
                     f"Suites: {', '.join(choices('suite'))}."
                 )
-            typed = parse(bare) | typed
-        suites = typed.pop("suite")
-        parts = {name: typed for name in _known("suite", suites)}
+            below = parse(bare)
+        suites = typed.pop("suite", None) or below.pop("suite")
+        parts = {name: _layered(name, below, typed) for name in _known("suite", suites)}
         title = ", ".join(parts)
     else:
         title = str(_single("experiment", experiment))
@@ -194,7 +197,25 @@ def _experiment_parts(name: str, typed: dict[str, list[Any]]) -> dict[str, dict[
         for suite in _known("suite", wanted):
             choose("suite", suite, tuple(suites), where)
         suites = [suite for suite in suites if suite in wanted]
-    return {suite: shared | parse(values["suites"][suite] or ()) | typed for suite in suites}
+    return {
+        suite: _layered(suite, shared, parse(values["suites"][suite] or ()), typed)
+        for suite in suites
+    }
+
+
+def _layered(suite: str, *layers: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """All of them; later ones win. One that asks for an interval, and names no number of rounds,
+    allows as many as that may take."""
+    made: dict[str, list[Any]] = {}
+    for layer in layers:
+        made |= layer
+        if layer.get(UNTIL, [None]) != [None] and ROUNDS not in layer and _has_until(suite):
+            made[ROUNDS] = [MOST_ROUNDS]
+    return made
+
+
+def _has_until(suite: str) -> bool:
+    return UNTIL.partition(".")[2] in OmegaConf.load(CONFIGS / "suite" / f"{suite}.yaml")
 
 
 def _check_suite_keys(parts: dict[str, Any], typed: dict[str, Any], files: "Files") -> None:

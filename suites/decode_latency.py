@@ -34,8 +34,10 @@ class Suite:
     num_new_tokens: tuple[int, ...]
     repeats: int
     rounds: int
+    until_ci: float | None
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "tpot_ms"
 
     def __post_init__(self) -> None:
         least = {"batch_sizes": 1, "prompt_lens": 1, "num_new_tokens": 2}

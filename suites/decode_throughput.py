@@ -36,8 +36,10 @@ class Suite:
     num_new_tokens: tuple[int, ...]
     repeats: int
     rounds: int
+    until_ci: float | None
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "tokens_per_s"
 
     def __post_init__(self) -> None:
         if self.max_batch_size < self.batch_size:

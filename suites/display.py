@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -191,6 +192,20 @@ class SweepProgress:
             return
         place = f"[{self.num_ended}/{self.num_runs}]"
         print(f"{place} {line}{'; ' + left if left else ''}", file=sys.stderr, flush=True)
+
+    def spared(self, spared: list[tuple[Planned, str]]) -> None:
+        """Runs of one block that are not needed: they are not waited for."""
+        for planned, _ in spared:
+            self.left[_kind(planned)] -= 1
+        self.num_runs -= len(spared)
+        for why, number in Counter(why for _, why in spared).items():
+            run = spared[0][0].run
+            line = f"{run.suite} {workload_text(run.workload)}: {count(number, 'run')} {why}"
+            if self.bar:
+                self.bar.update(self.task, total=self.num_runs)
+                self.bar.console.print(Text(line), style="dim")
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def estimate(self) -> float:
         """Seconds left: each kind of run as long as those of its kind took, else the mean."""

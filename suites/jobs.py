@@ -18,6 +18,7 @@ from suites.harness import (
     pack,
     plan,
     reconcile,
+    rounds,
     slurm,
     snapshot,
     states,
@@ -26,7 +27,7 @@ from suites.harness import (
 from suites.harness.cluster import Cluster
 from suites.harness.estimate import NOTHING, History, Seconds
 from suites.harness.pack import Packed
-from suites.harness.plan import Planned
+from suites.harness.plan import NOT_NEEDED, Planned
 from suites.harness.record import OUTCOMES, with_room
 from suites.harness.run import Run
 from suites.harness.submission import Submission
@@ -41,6 +42,7 @@ class Bill:
 
     packed: list[Packed]
     finished: int
+    not_needed: int  # rounds of blocks whose intervals are as narrow as asked
     current: int  # in the queue, or running, by an earlier submission
     stale: int
     given_up: Counter
@@ -53,6 +55,10 @@ class Bill:
     @property
     def left(self) -> list[Planned]:
         return [item for one in self.packed for item in one.left]
+
+    @property
+    def is_at_most(self) -> bool:
+        return any(one.is_at_most for one in self.packed)
 
     @property
     def device_hours(self) -> Seconds:
@@ -78,6 +84,7 @@ def submit(
         view = reconcile.reconcile(store)
         planned = plan.plan(store, runs, python)
         planned = plan.whole(store, planned, _interrupted(store, planned))
+        planned = rounds.settle(store, planned, rounds.asked(request.settings))
         todo = commands.todo(planned, rerun_stale, verify_frontier)
         ahead = gate.ahead(store, planned, todo, python)
         wanted = [*(item for item in ahead if item.is_pending), *todo]
@@ -105,7 +112,7 @@ def retry(
             for array, index in made.places():
                 for item in made.runs(array, index):
                     found[item.run.run_id] = (item, made.cluster(array))
-        known = []
+        known, spared = [], rounds.not_needed(store, (item for item, _ in found.values()))
         for run_id, (item, _) in found.items():
             records = plan.attempts(store, run_id)
             # An earlier result is no reason not to repeat what was asked for since.
@@ -118,12 +125,12 @@ def retry(
                         item,
                         is_pending=is_asked,
                         is_stale=False,
-                        reason=outcomes[-1] if outcomes else plan.NEW,
+                        reason=outcomes[-1] if outcomes else spared.get(run_id, plan.NEW),
                         attempts=tuple(record["attempt"] for record in records),
                     )
                 )
         known = plan.whole(store, known, _interrupted(store, known))
-        wanted = [item for item in known if item.is_pending]
+        wanted = rounds.along((item for item in known if item.is_pending), known)
         clusters = {c.name: c for _, c in (found[item.run.run_id] for item in wanted)}
         bill = _bill(store, wanted, [], clusters.values(), view, ignores_budgets=True)
     command = " ".join(["aerie retry", *(f"--reason {reason}" for reason in reasons)])
@@ -229,8 +236,9 @@ def _bill(
         else:
             runs.append(item)
     # Of a block of which all that is missing is given up, the rest is not measured again.
-    lacking = {item.block for item in runs if item.reason != plan.WITH_ITS_BLOCK}
-    runs = [i for i in runs if i.reason != plan.WITH_ITS_BLOCK or i.block in lacking]
+    with_others = (plan.WITH_ITS_BLOCK, rounds.BESIDE_NEW, rounds.IF_NEEDED)
+    lacking = {item.block for item in runs if item.reason not in with_others}
+    runs = [i for i in runs if i.reason not in with_others or i.block in lacking]
     for name, members in pack.place(runs, asked).items():
         placed[name] += members
     history, room = History.of(store), _Room()
@@ -239,7 +247,8 @@ def _bill(
     ]
     return Bill(
         packed=packed,
-        finished=sum(not item.is_pending and not item.is_stale for item in planned),
+        finished=sum(not (i.is_pending or i.is_stale or i.is_needless) for i in planned),
+        not_needed=sum(item.is_needless and item.run.run_id not in ids for item in planned),
         current=len({item.run.run_id for item in [*planned, *wanted]} & active),
         stale=sum(item.is_stale and item.run.run_id not in ids for item in planned),
         given_up=given_up,
@@ -280,10 +289,11 @@ def _left_over(store: Path, view: reconcile.View) -> list[tuple[Planned, Cluster
     for made in submission.read(store):
         for item, cluster in _unqueued(made) if made.user == user else ():
             found[item.run.run_id] = None if made.is_cancelled else (item, cluster)
+    spared = rounds.not_needed(store, (item for item, _ in filter(None, found.values())))
     return [
         (item, cluster)
         for item, cluster in filter(None, found.values())
-        if item.run.run_id not in active
+        if item.run.run_id not in active | spared.keys()
         and len(plan.attempts(store, item.run.run_id)) == len(item.attempts)
     ]
 
@@ -307,10 +317,13 @@ def _interrupted(store: Path, planned: list[Planned]) -> set[str]:
     found = set()
     for made in submission.read(store) if pending else ():
         for (array, index), run_ids in made.run_ids_of.items():
-            for unit in units(made.runs(array, index) if pending & {*run_ids} else []):
+            given = made.runs(array, index) if pending & {*run_ids} else []
+            spared = rounds.not_needed(store, given)
+            for unit in units(given):
                 begun = [
                     any(r["block"] and r["attempt"] not in item.attempts for r in records)
                     for item in unit
+                    if item.run.run_id not in spared
                     for records in [plan.attempts(store, item.run.run_id)]
                 ]
                 if any(begun) and not all(begun):
@@ -438,6 +451,7 @@ def _facts(bill: Bill) -> dict[str, Any]:
     return {
         "num_runs": len(bill.runs),
         "num_finished": bill.finished,
+        "num_not_needed": bill.not_needed,
         "num_current": bill.current,
         "num_stale": bill.stale,
         "num_left": len(bill.left),
@@ -445,6 +459,7 @@ def _facts(bill: Bill) -> dict[str, Any]:
         "num_unsupported": len(bill.unsupported),
         "given_up": dict(bill.given_up),
         "device_hours": vars(bill.device_hours),
+        "is_at_most": bill.is_at_most,
         "arrays": [
             {"cluster": one.cluster.name, "num_jobs": len(jobs)}
             for one in bill.packed
@@ -458,15 +473,16 @@ def _print_bill(bill: Bill) -> None:
     for one in bill.packed:
         hours = one.device_seconds * (1 / 3600)
         jobs = [job for array in one.arrays for job in array]
+        at_most = "at most " if one.is_at_most else ""
         rows.append(
             [
                 one.cluster.name,
                 display.number(len(one.runs)),
                 display.number(len(jobs)),
                 display.number(len(one.arrays)),
-                display.hours(hours.likely),
+                f"{at_most}{display.hours(hours.likely)}",
                 f"{display.hours(hours.low)} to {display.hours(hours.high)}",
-                display.duration(max((job.seconds.likely for job in jobs), default=0.0)),
+                at_most + display.duration(max((job.seconds.likely for job in jobs), default=0.0)),
             ]
         )
     if rows:
@@ -475,6 +491,7 @@ def _print_bill(bill: Bill) -> None:
     new = Counter(item.reason for item in bill.runs)
     words = [f"{count} {reason}" for reason, count in new.items()]
     words += [f"{bill.finished} finished"] if bill.finished else []
+    words += [f"{bill.not_needed} {NOT_NEEDED}"] if bill.not_needed else []
     words += [f"{bill.current} current (in a queue)"] if bill.current else []
     words += [f"{bill.stale} stale (--rerun-stale)"] if bill.stale else []
     words += [f"{len(bill.unsupported)} unsupported"] if bill.unsupported else []

@@ -40,8 +40,10 @@ class Suite:
     seq_lens: tuple[int, ...]
     repeats: int
     rounds: int
+    until_ci: float | None
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "op_time_ms"
 
     def __post_init__(self) -> None:
         for op in self.ops:

@@ -33,8 +33,10 @@ class Suite:
     batch_sizes: tuple[int, ...]
     repeats: int
     rounds: int
+    until_ci: float | None
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "ttft_ms"
 
     def __post_init__(self) -> None:
         for key in ("prompt_lens", "batch_sizes"):

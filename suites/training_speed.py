@@ -37,8 +37,10 @@ class Suite:
     activation_checkpointing: bool
     num_devices: int
     rounds: int
+    until_ci: float | None
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "step_time_ms"
 
     def __post_init__(self) -> None:
         for seq_len in self.seq_lens:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from suites import commands, display
 from suites.commands import AS_PLANNED, NOT_AS_PLANNED, one_line
-from suites.harness import claims, execute, launch, plan, reconcile, states, submission
+from suites.harness import claims, execute, launch, plan, reconcile, rounds, states, submission
 from suites.harness.plan import Ends
 from suites.harness.reconcile import JobView
 from suites.harness.record import OUTCOMES
@@ -39,6 +39,7 @@ class Progress:
     reasons: Counter = field(default_factory=Counter)  # why jobs wait, in Slurm's words
     seconds_left: float | None = None
     num_jobs: int = 0  # that have not ended
+    spared: set[str] = field(default_factory=set)  # runs that are not needed
 
     @property
     def is_open(self) -> bool:
@@ -72,18 +73,19 @@ class Look:
 def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: bool = False) -> int:
     """Submissions that have not ended, what runs now, and outcomes by suite; with overrides of
     those runs alone."""
-    wanted = None
+    wanted, spared = None, set()
     if overrides:
         _, planned = commands.planned_of(overrides, store)
         wanted = {item.run.run_id: item.run.suite for item in planned}
+        spared = {item.run.run_id for item in planned if item.is_needless}
     if not watch:
-        return _print(look(store, wanted), store, as_json=as_json)
+        return _print(look(store, wanted, spared), store, as_json=as_json)
     console = Console()
     if not console.is_terminal:
         raise_not_a_terminal()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
-            seen = look(store, wanted)
+            seen = look(store, wanted, spared)
             live.update(_page(seen, store), refresh=True)
             if not any(one.is_open for one in seen.submissions):
                 break
@@ -91,8 +93,9 @@ def status(overrides: list[str], store: Path, *, watch: bool = False, as_json: b
     return _print(seen, store)
 
 
-def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
-    """Settles what has ended, and counts; `wanted` (run_id -> suite) limits it to some runs."""
+def look(store: Path, wanted: dict[str, str] | None = None, spared: Container[str] = ()) -> Look:
+    """Settles what has ended, and counts; `wanted` (run_id -> suite) limits it to some runs, of
+    which some are known to be `spared`."""
     with one_line():
         view = reconcile.reconcile(store)
     ends = plan.ends(store, wanted)
@@ -111,7 +114,8 @@ def look(store: Path, wanted: dict[str, str] | None = None) -> Look:
         outcomes.setdefault(end.suite, Counter())[end.counted()] += 1
     for run_id, suite in (wanted or {}).items():
         if run_id not in ends:
-            outcomes.setdefault(suite, Counter())["new"] += 1
+            is_spared = run_id in spared or any(run_id in one.spared for one in made)
+            outcomes.setdefault(suite, Counter())[rounds.STATE if is_spared else plan.NEW] += 1
     running = list(_running(store, claimed if wanted is None else claimed & wanted.keys()))
     made = [one for one in made if one.counts]
     return Look(made, outcomes, running, view.silent, view.troubles)
@@ -124,11 +128,14 @@ def _progress(
     claimed: set[str],
     wanted: dict[str, str] | None,
 ) -> Progress:
-    found = Progress(made, num_jobs=len(jobs))
+    found = Progress(made, num_jobs=len(jobs), spared=_spared(made, ends))
     state_of = {run_id: job.state for job in jobs for run_id in job.run_ids}
     for run_ids in made.run_ids_of.values():
         for run_id in run_ids:
             if wanted is None or run_id in wanted:
+                if run_id in found.spared:
+                    found.counts[rounds.STATE] += 1
+                    continue
                 end = ends.get(run_id)
                 state = states.run_state(
                     end.outcomes if end else (),
@@ -144,6 +151,21 @@ def _progress(
     )
     found.seconds_left = _seconds_left(made, jobs)
     return found
+
+
+def _spared(made: Submission, ends: dict[str, Ends]) -> set[str]:
+    """What is not needed of a submission's runs and was not measured, of jobs that have begun."""
+    found: set[str] = set()
+    for (array, index), run_ids in made.run_ids_of.items():
+        left = {run_id for run_id in run_ids if not _has_ended(made, ends.get(run_id))}
+        if 0 < len(left) < len(run_ids):
+            found |= left & rounds.not_needed(made.store, made.adaptive(array, index)).keys()
+    return found
+
+
+def _has_ended(made: Submission, end: Ends | None) -> bool:
+    """Whether a run has an attempt since it was submitted."""
+    return end is not None and len(end.attempts) > end.num_before(made.stamp)
 
 
 def _seconds_left(made: Submission, jobs: list[JobView]) -> float | None:
@@ -199,15 +221,15 @@ def wait(
         commands.need_submissions(store)
         made = [submission.find(store, name) for name in names] or submission.read(store)
     made.sort(key=lambda one: one.stamp)  # of a run that several have, the last one counts
-    since: dict[str, str] = {}
+    last: dict[str, Submission] = {}
     for one in made:
         run_ids = [run_id for ids in one.run_ids_of.values() for run_id in ids]
         if not one.is_cancelled:  # what never got into the queue is no end either
             run_ids += [item.run.run_id for item, _ in one.left()]
-        since |= dict.fromkeys(run_ids, one.stamp)
+        last |= dict.fromkeys(run_ids, one)
     ids, start, before = {one.id for one in made}, time.monotonic(), None
     while True:
-        seen = look(store, dict.fromkeys(since, ""))
+        seen = look(store, dict.fromkeys(last, ""))
         left = [one for one in seen.submissions if one.made.id in ids and one.num_jobs]
         counts = sum((one.counts for one in left), Counter())
         words = ", ".join(f"{count} {state}" for state, count in counts.items())
@@ -218,10 +240,14 @@ def wait(
         if not left or is_over:
             break
         time.sleep(every_s)
-    ends = plan.ends(store, since)
-    found = [(end.counted(since[run_id]), end.is_search) for run_id, end in ends.items()]
+    ends = plan.ends(store, last)
+    found = [(end.counted(last[run_id].stamp), end.is_search) for run_id, end in ends.items()]
     outcomes = Counter(outcome for outcome, _ in found)
-    if missing := len(since) - len(ends):
+    spared = {one.id: _spared(one, ends) for one in made}
+    lacking = last.keys() - ends.keys()
+    if num_spared := sum(run_id in spared[last[run_id].id] for run_id in lacking):
+        outcomes[rounds.STATE] = num_spared
+    if missing := len(lacking) - num_spared:
         outcomes["left"] = missing
     if as_json:
         display.print_json({"is_over_time": bool(left), "outcomes": dict(outcomes)})
@@ -292,7 +318,7 @@ def _page(seen: Look, store: Path) -> Group:
     parts += [Text(line, style="yellow") for line in seen.troubles]
     if seen.submissions:
         total = sum((one.counts for one in seen.submissions), Counter())
-        columns = [state for state in (*WAITING, *LEFT, *OUTCOMES) if total[state]]
+        columns = [s for s in (*WAITING, *LEFT, rounds.STATE, *OUTCOMES) if total[s]]
         rows = [_row(one, columns) for one in seen.submissions]
         header = ["submission", "title", "cluster", "user", *columns, "time left", "waits for"]
         parts.append(display.table(header, rows))

@@ -28,8 +28,10 @@ STEP_S = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     rounds: int = 1
+    until_ci: float | None = None
     seeds: tuple[int, ...] = (0,)
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "step_time_ms"
 
     def workloads(self) -> Iterator[Workload]:
         yield Workload(phase="train", batch_size=1, seq_len=8)

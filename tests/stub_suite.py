@@ -40,8 +40,10 @@ implementations.engine.ENGINES["jax"] = implementations.engine.ENGINES["torch"] 
 class Suite:
     seq_lens: tuple[int, ...] = (8,)
     rounds: int = 1
+    until_ci: float | None = None
     seeds: tuple[int, ...] = (0,)
     is_timing: ClassVar[bool] = True
+    headline: ClassVar[str] = "step_time_ms"
 
     def workloads(self) -> Iterator[Workload]:
         for seq_len in self.seq_lens:

@@ -231,7 +231,7 @@ def test_the_ends_of_runs_are_parsed_once(block, tmp_path, monkeypatch):
     found = plan.ends(tmp_path)
     assert sorted(end.counted() for end in found.values()) == ["completed", "completed", "failed"]
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "_record", None)
+        patch.setattr(plan, "read", None)
         assert plan.ends(tmp_path) == found
     block("s1", *done(2))
     assert {end.counted() for end in plan.ends(tmp_path).values()} == {"completed"}

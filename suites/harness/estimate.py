@@ -7,12 +7,13 @@ that is worth.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from implementations.engine import CPU
+from suites.harness import rounds
 from suites.harness.measure import DEVICES
 from suites.harness.plan import Planned
 from suites.harness.run import Run
@@ -61,6 +62,12 @@ class History:
         return cls(_newest(store))
 
     def seconds(self, item: Planned) -> Seconds:
+        """Of one run; where it is a round that may not be needed, from nothing on."""
+        known = self._seconds(item)
+        may_be_spared = item.until_ci is not None and item.run.round >= rounds.first_look()
+        return replace(known, low=0.0) if may_be_spared else known
+
+    def _seconds(self, item: Planned) -> Seconds:
         run = item.run
         if own := self._of_cell.get(run.cell_id):
             middle, (low, high) = median(own), OWN_CELL

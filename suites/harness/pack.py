@@ -38,6 +38,11 @@ class Packed:
         return [item for array in self.arrays for job in array for item in job.runs]
 
     @property
+    def is_at_most(self) -> bool:
+        """Whether some of them may not be needed: adaptive rounds."""
+        return any(item.until_ci is not None for item in self.runs)
+
+    @property
     def device_seconds(self) -> Seconds:
         jobs = [job.seconds for array in self.arrays for job in array]
         return sum(jobs, NOTHING) * self.cluster.num_devices

@@ -24,6 +24,7 @@ FINISHED = ("completed", "unsupported", "out_of_memory", "out_of_memory_predicte
 NEW, FINISHED_REASON = "new", "finished"
 CUT_OFF = ("preempted", "node_failure", "timed_out", "cancelled")  # ends that may end a sweep
 WITH_ITS_BLOCK = "its block was interrupted"
+NOT_NEEDED = "not needed"  # such reasons say so: see rounds.py
 CONTEXT = 4096  # of the cache that is shown for runs that decode nothing
 
 
@@ -41,6 +42,13 @@ class Planned:
     block: str | None
     order: int | None
     attempts: tuple[str, ...] = ()  # that the store had when this was planned
+    until_ci: float | None = None  # its block ends where intervals are as narrow: see rounds.py
+    measured: tuple[str, ...] = ()  # of an adaptive block: the runs that have records already
+
+    @property
+    def is_needless(self) -> bool:
+        """Its block needs no further round, or none of its variant."""
+        return NOT_NEEDED in self.reason
 
     def stored(self) -> dict[str, Any]:
         """All of it, for from_stored."""
@@ -48,8 +56,8 @@ class Planned:
 
     @classmethod
     def from_stored(cls, values: dict[str, Any]) -> "Planned":
-        attempts = tuple(values["attempts"])
-        return cls(**(values | {"run": Run.from_json(values["run"]), "attempts": attempts}))
+        lists = {key: tuple(values.get(key, ())) for key in ("attempts", "measured")}
+        return cls(**(values | {"run": Run.from_json(values["run"])} | lists))
 
     def to_json(self) -> dict[str, Any]:
         run = self.run
@@ -69,6 +77,7 @@ class Planned:
             "num_new_tokens": run.workload.num_new_tokens or None,
             "seed": run.seed,
             "round": run.round,
+            "until_ci": self.until_ci,
             **self.costs,
             "device_kind": run.device_kind,
             "linear_scan": run.kernels.linear_scan,
@@ -219,7 +228,7 @@ def _was_interrupted(store: Path, members: list[Planned]) -> bool:
 def attempts(store: Path, run_id: str) -> list[dict[str, Any]]:
     """Records of one run as plain values, oldest first."""
     paths = sorted((store / "runs" / run_id).glob("[!.]*.json"))
-    return [_record(path) for path in paths]
+    return [read(path) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -250,7 +259,7 @@ def ends(store: Path, wanted: Collection[str] | None = None) -> dict[str, Ends]:
     found = {}
     for name in names:
         paths = sorted((store / "runs" / name).glob("[!.]*.json"))
-        if each := [_end(path, *_version(path)) for path in paths]:
+        if each := [_end(path, *version(path)) for path in paths]:
             found[name] = Ends(
                 suite=each[-1].suite,
                 is_search=each[-1].is_search,
@@ -271,18 +280,18 @@ class _End(NamedTuple):
 @cache
 def _end(path: Path, written_ns: int, size: int) -> _End:
     """What counts of a record; who watches a store of thousands parses each once."""
-    record = _record(path)
+    record = read(path)
     run = record["run"]
     is_search = run["workload"].get("max_batch_size", 0) > 0
     return _End(run["suite"], is_search, record["outcome"], is_finished(record))
 
 
-def _version(path: Path) -> tuple[int, int]:
+def version(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_mtime_ns, found.st_size
 
 
-def _record(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

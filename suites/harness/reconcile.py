@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suites.harness import claims, launch, plan, provenance, slurm, states, submission
+from suites.harness import claims, launch, plan, provenance, rounds, slurm, states, submission
 from suites.harness.execute import (
     Task,
     began,
@@ -298,6 +298,7 @@ def _close(
     """Records and claims of a job that has ended, for what it could not do itself."""
     key, limit_s = f"{made.job_id(array)}_{index}", made.cluster(array).time_s
     given, state = made.runs(array, index), one and one.state
+    spared = rounds.not_needed(made.store, given)
     printed = [] if state == "COMPLETED" else _printed(made, array, index)
     if state == "FAILED" and any(map(_OOM_KILL.search, printed)):
         one = replace(one, state="OUT_OF_MEMORY")  # so says the step; the queue knows the job alone
@@ -315,7 +316,7 @@ def _close(
         _give_back(made.store, run_id, key)
         outcome, reason = states.verdict(one, has_begun=False, limit_s=limit_s)
         has_failed = outcome is not None and (one is None or one.state != "COMPLETED")
-        if has_failed and not has_begun:
+        if has_failed and not has_begun and run_id not in spared:
             # the last words of a job that did not even get as far as our code
             said = f"{reason}: {words[-1][:300]}" if words and beat is None else reason
             _never_began(made, array, index, item, outcome, said)

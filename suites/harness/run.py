@@ -123,6 +123,8 @@ class Suite(Protocol):
     rounds: int  # times that each cell is measured, each in a process of its own
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool]  # its runs are interleaved, and compared as ratios
+    # Where it is timed only, as `until_ci: float | None`, which ends rounds early (see rounds.py):
+    headline: ClassVar[str]  # the metric by which variants are compared
 
     def workloads(self) -> Iterator[Workload]: ...
 

@@ -99,6 +99,18 @@ class Submission:
         values = json.loads(self._job(array, index).read_text(encoding="utf-8"))
         return [Planned.from_stored(value) for value in values]
 
+    def adaptive(self, array: int, index: int) -> list[Planned]:
+        """The runs of a job that may not be needed (see rounds.py), parsed once."""
+        if (array, index) not in self._adaptive:
+            runs = self.runs(array, index)
+            self._adaptive[array, index] = [item for item in runs if item.until_ci is not None]
+        return self._adaptive[array, index]
+
+    @cached_property
+    def _adaptive(self) -> dict[tuple[int, int], list[Planned]]:
+        """An intent does not change."""
+        return {}
+
     def run_ids(self, array: int, index: int) -> list[str]:
         return self.run_ids_of.get((array, index), [])
 

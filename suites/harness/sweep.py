@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from implementations.engine import Unsupported
-from suites.harness import claims, plan, provenance
+from suites.harness import claims, plan, provenance, rounds
 from suites.harness.cluster import Cluster
 from suites.harness.execute import (
     Task,
@@ -42,12 +42,14 @@ class Result:
     outcomes: dict[str, str] = field(default_factory=dict)
     num_started: int = 0
     elsewhere: list[str] = field(default_factory=list)  # runs that another process measures
+    not_needed: dict[str, str] = field(default_factory=dict)  # run_id -> why, of adaptive rounds
     is_interrupted: bool = False
 
     def add(self, later: "Result") -> None:
         self.outcomes |= later.outcomes
         self.num_started += later.num_started
         self.elsewhere += later.elsewhere
+        self.not_needed |= later.not_needed
         self.is_interrupted |= later.is_interrupted
 
 
@@ -82,6 +84,8 @@ class _Slot:
     that two sweeps shared run by run would be whole in neither."""
 
     unit: deque[Planned] = field(default_factory=deque)
+    taken: list[Planned] = field(default_factory=list)  # the unit as it was
+    round: int | None = None  # that is measured
     claim: tuple[str, str] | None = None  # its name and its token
     start: float = 0.0
 
@@ -92,11 +96,24 @@ class _Slot:
         token = _claim(store, claim) if claim else None
         if claim is not None and token is None:
             return [item.run.run_id for item in unit]
-        self.unit, self.start = deque(unit), time.perf_counter()
+        self.start, self.round = time.perf_counter(), None
         self.claim = (claim, token) if claim else None
-        if not all(_outcome_meanwhile(store, item) for item in unit):
-            self.unit = deque(_anew(store, item) for item in unit) if claim else self.unit
+        spared = rounds.not_needed(store, unit)
+        is_done = all(i.run.run_id in spared or _outcome_meanwhile(store, i) for i in unit)
+        self.taken = [_anew(store, item) for item in unit] if claim and not is_done else unit
+        self.unit = deque(self.taken)
         return []
+
+    def spare(self, store: Path) -> list[tuple[Planned, str]]:
+        """Where a round has ended, what is not needed any more of the unit, and why: it is left
+        out."""
+        if self.unit[0].run.round == self.round:
+            return []
+        self.round = self.unit[0].run.round
+        spared = rounds.not_needed(store, self.taken)
+        left_out = [(i, spared[i.run.run_id]) for i in self.unit if i.run.run_id in spared]
+        self.unit = deque(item for item in self.unit if item.run.run_id not in spared)
+        return left_out
 
     def leave(self, store: Path) -> None:
         if self.claim is not None:
@@ -130,6 +147,7 @@ def sweep(
     *,
     on_start: Callable[[Planned], None] = lambda planned: None,
     on_end: Callable[[Planned, Record], None] = lambda planned, record: None,
+    on_spare: Callable[[list[tuple[Planned, str]]], None] = lambda spared: None,
     executor: Executor | None = None,
     verify_frontier: bool = False,
     proven: list[Run] | None = None,
@@ -205,6 +223,9 @@ def sweep(
                         if not waiting:
                             break
                         result.elsewhere += slot.take(store, waiting.popleft())
+                    elif spared := slot.spare(store):
+                        result.not_needed |= {item.run.run_id: why for item, why in spared}
+                        on_spare(spared)
                     else:
                         start(slot.unit.popleft(), number)
             executor.wait(POLL_S)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from suites.harness import pack, plan, provenance, reconcile, slurm, states, submission
+from suites.harness import pack, plan, provenance, reconcile, rounds, slurm, states, submission
 from suites.harness.cluster import Cluster
 from suites.harness.execute import utc_now
 from suites.harness.plan import Planned
@@ -150,11 +150,13 @@ def work(job: Job) -> Result:
 def pending(store: Path, given: list[Planned], cluster: Cluster) -> list[Planned]:
     """The runs that a job still has to measure. A block of timing runs is measured whole, in one
     sweep: rounds that were measured at different times are not compared. What has failed for good
-    is not tried again, and the others are whole without it."""
-    todo = []
+    is not tried again, and the others are whole without it, as they are without rounds that are not
+    needed."""
+    todo, spared = [], rounds.not_needed(store, given)
     for unit in units(given):
         records = {item.run.run_id: _since(store, item) for item in unit}
-        if not _is_measured(records.values()) and _may_go_on(records.values()):
+        needed = [found for run_id, found in records.items() if run_id not in spared]
+        if not _is_measured(needed) and _may_go_on(records.values()):
             members = [item for item in unit if not _is_given_up(records[item.run.run_id])]
             todo += [_here(store, item, cluster) for item in members]
     return todo
