@@ -52,6 +52,7 @@ def run(
                 "num_runs": len(planned),
                 "num_started": result.num_started,
                 "outcomes": dict(_final(planned, result)),
+                "num_unsettled": rounds.num_unsettled(store, planned),
                 "report": str(path),
                 "runs": [_with_outcome(item, result) for item in planned],
                 "proxies": [_with_outcome(item, result) for item in ahead],
@@ -60,7 +61,7 @@ def run(
     else:
         if result.num_started:
             reports.print_side_by_side(store, {item.run.run_id for item in planned})
-        _print_ends(planned, ahead, result)
+        _print_ends(planned, ahead, result, rounds.num_unsettled(store, planned))
         print(f"report: {path}")
     return exit_code([*ahead, *planned], result)
 
@@ -390,7 +391,9 @@ def _with_outcome(item: Planned, result: Result) -> dict[str, Any]:
 # Words ------------------------------------------------------------------------------------------
 
 
-def _print_ends(planned: list[Planned], ahead: list[Planned], result: Result) -> None:
+def _print_ends(
+    planned: list[Planned], ahead: list[Planned], result: Result, num_unsettled: int
+) -> None:
     print(f"\n{display.count(len(planned), 'run')}: {_ends(planned, result)}.")
     if ahead:
         print(f"{_proxies(len(ahead))}: {_ends(ahead, result)}.")
@@ -402,14 +405,19 @@ def _print_ends(planned: list[Planned], ahead: list[Planned], result: Result) ->
     )
     if lost:
         print(f"Speeds of {', '.join(lost)} stay UNVERIFIED: their parity is not green.")
-    rounds = {}
+    if num_unsettled:
+        blocks = display.count(num_unsettled, "comparison") + (
+            " is" if num_unsettled == 1 else " are"
+        )
+        print(f"{blocks} not as narrow as asked after all rounds; suite.rounds=40 allows more.")
+    seen: dict[str, set[int]] = {}
     for item in planned:
         if item.block:
-            rounds.setdefault(item.run.suite, set()).add(item.run.round)
-    few = [len(seen) for seen in rounds.values() if len(seen) < 6]
+            seen.setdefault(item.run.suite, set()).add(item.run.round)
+    few = [len(numbers) for numbers in seen.values() if len(numbers) < 6]
     if few:
-        rounds = display.count(min(few), "round") + (" is" if min(few) == 1 else " are")
-        print(f"{rounds} too few for a verdict; use suite.rounds=6 or more.")
+        number = display.count(min(few), "round") + (" is" if min(few) == 1 else " are")
+        print(f"{number} too few for a verdict; use suite.rounds=6 or more.")
     seeds = {item.run.seed for item in planned if reads_text(item.run)}
     if len(seeds) == 1:
         print("Quality is of one seed: its spread is not known; use suite.seeds=[0,1,2].")

@@ -227,6 +227,8 @@ def _check_suite_keys(parts: dict[str, Any], typed: dict[str, Any], files: "File
         if root == "suite" and rest and field not in known:
             close = get_close_matches(field, known, n=1)
             hint = f"Did you mean 'suite.{close[0]}'?" if close else f"Known: {', '.join(known)}."
+            if key == UNTIL:
+                hint = "Rounds end early (--until-ci) where a suite is timed."
             raise ValueError(f"suite={','.join(parts)}: unknown key {key!r}. {hint}")
 
 

@@ -147,6 +147,7 @@ class SweepProgress:
         self.start = time.perf_counter()
         self.seconds: dict[tuple, list[float]] = {}
         self.left: dict[tuple, int] = {}
+        self.is_at_most = False  # some may not be needed
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -172,6 +173,7 @@ class SweepProgress:
         for planned in todo:
             kind = _kind(planned)
             self.left[kind] = self.left.get(kind, 0) + 1
+            self.is_at_most |= planned.until_ci is not None
 
     def started(self, planned: Planned) -> None:
         if self.bar:
@@ -184,7 +186,8 @@ class SweepProgress:
         self.seconds.setdefault(kind, []).append(record.seconds)
         why = f" ({record.reason})" if record.reason else ""
         line = f"{_label(planned)}: {record.outcome} in {record.seconds:.1f} s{why}"
-        left = f"about {duration(self.estimate())} left" if self.num_ended < self.num_runs else ""
+        about = "at most" if self.is_at_most else "about"
+        left = f"{about} {duration(self.estimate())} left" if self.num_ended < self.num_runs else ""
         if self.bar:
             if record.outcome != "completed":
                 self.bar.console.print(Text(line), style="yellow")

@@ -17,6 +17,7 @@ from suites import compose, jobs
 from suites.__main__ import main
 from suites.harness import plan, provenance, record, submission
 from suites.harness.execute import Task
+from suites.harness.measure import sample
 from suites.harness.record import write
 from suites.harness.submission import Submission
 
@@ -41,11 +42,12 @@ def shims(tmp_path, monkeypatch):
     return made
 
 
-def leave(store, run, outcome, attempt, build, block=None):
+def leave(store, run, outcome, attempt, build, block=None, samples=()):
     """A record as a run would leave it."""
     facts = {"versions": provenance.versions(), "device_name": provenance.cpu_model()}
     task = Task(run=run, build=build, attempt=attempt, parent_pid=0, block=block)
-    write(store, task.record(outcome, provenance=facts, started_at="", seconds=1.0))
+    write(store, task.record(outcome, provenance=facts, started_at="", seconds=1.0,
+                             samples=samples))  # fmt: skip
 
 
 def end(made, outcome, suites=("training_speed", "parity")):
@@ -180,6 +182,63 @@ def test_a_block_is_sent_again_whole(aerie, shims, tmp_path, second, num_submitt
     told = json.loads(aerie("submit", *ONE, *CLUSTER, *dry)[1])
     assert told["num_runs"] == num_submitted
     assert json.loads(aerie("retry", *dry)[1])["num_runs"] == num_retried
+
+
+def leave_rounds(made, number):
+    """So many rounds of a submission, of which the interval is 2.3% wide after 8; and proxies."""
+    for array, index in made.places():
+        for item in made.runs(array, index):
+            value = 1.0 if item.run.backend == "jax" else 2.0 + 0.026 * (-1) ** item.run.round
+            times = (sample("step_time_ms", value, repeat=0),) if item.block else ()
+            if item.run.round < number:
+                attempt = f"{made.stamp}{next(NUMBERS):06}"
+                leave(made.store, item.run, "completed", attempt, item.build,
+                      item.block and "b-1", times)  # fmt: skip
+
+
+def test_adaptive_rounds_whose_job_died_between_them_are_sent_again_whole(aerie, shims, tmp_path):
+    options = ("--results", tmp_path / "raw", "--json")
+    asked = (*ONE[:2], "backend=jax,torch", *ONE[4:], *CLUSTER, "--until-ci", "3%")
+    told = json.loads(aerie("submit", *asked, *options)[1])
+    made = submission.find(tmp_path / "raw", told["submission"])
+    leave_rounds(made, 5)
+    made.remember({"is_settled": True})
+    assert json.loads(aerie("submit", *asked, "--dry-run", *options)[1])["num_runs"] == 40
+    code, out, _ = aerie("wait", *options)
+    assert (code, json.loads(out)["outcomes"]) == (1, {"completed": 12, "left": 30})
+
+
+def test_rounds_that_are_not_needed_are_nothing_left_to_do(aerie, shims, tmp_path):
+    """For whoever looks: the next plan, submit and retry, status and wait. Of 20 rounds 8 are
+    measured, after which the interval is 2.3% wide."""
+    options = ("--results", tmp_path / "raw", "--json")
+    asked = (*ONE[:2], "backend=jax,torch", *ONE[4:])
+    told = json.loads(aerie("submit", *asked, *CLUSTER, "--until-ci", "3%", *options)[1])
+    assert (told["num_runs"], told["is_at_most"]) == (42, True)  # and two proxies
+    made = submission.find(tmp_path / "raw", told["submission"])
+    leave_rounds(made, 8)
+    row = f"77_{{}}|{{}}|RUNNING||0|1:00|1:00|N/A|aerie-{made.id}-0|None\n"
+    shims.answers("squeue", Answer(stdout=row.format(0, 77) + row.format(1, 77)))
+    (one,) = json.loads(aerie("status", *options)[1])["submissions"]
+    assert one["runs"] == {"completed": 18, "not_needed": 24}
+    made.remember({"is_settled": True})
+    code, out, _ = aerie("wait", *options)
+    assert (code, json.loads(out)["outcomes"]) == (0, {"completed": 18, "not_needed": 24})
+    (row,) = json.loads(aerie("status", *asked, "suite.until_ci=0.03", *options)[1])["outcomes"][1:]
+    assert (row["outcome"], row["num_runs"]) == ("not_needed", 24)
+    assert json.loads(aerie("retry", "--dry-run", *options)[1])["num_runs"] == 0
+    again = ("submit", *asked, *CLUSTER, "--dry-run")
+    told = json.loads(aerie(*again, "--until-ci", "3%", *options)[1])
+    assert (told["num_runs"], told["num_finished"], told["num_not_needed"]) == (0, 16, 24)
+    rows = json.loads(aerie("plan", *asked, "--until-ci", "0.03", *options)[1])
+    assert [row["reason"] for row in rows if row["round"] >= 8] == [
+        "not needed: settled after 8 rounds"
+    ] * 24
+    assert not any(row["is_pending"] for row in rows)
+    assert json.loads(aerie(*again, "--until-ci", "2%", *options)[1])["num_runs"] == 24
+    out = aerie(*again, "--until-ci", "2%", *options[:2])[1]
+    assert "runs: 24 new, 16 finished." in out
+    assert "at most" in out
 
 
 def test_what_slurm_refuses_goes_with_the_next_submit(aerie, shims, tmp_path):
@@ -387,6 +446,9 @@ def test_a_point_that_fits_nowhere_is_a_record(aerie, shims, tmp_path):
         (["collect"], "--results"),
         (["logs", "0123"], "no run '0123'"),
         (["status", "--watch"], "aerie wait"),
+        (["submit", *ONE[:4], *CLUSTER, "--until-ci", "2"], "write 2% or 0.02"),
+        (["submit", *ONE, *CLUSTER, "--until-ci", "2%"], "after 8 rounds at the earliest"),
+        (["run", "suite=language_modeling", "--until-ci", "2%"], "where a suite is timed"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_2(aerie, shims, tmp_path, monkeypatch, arguments, hint):

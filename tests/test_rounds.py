@@ -107,6 +107,8 @@ def test_what_never_settles_uses_all_rounds(stub):
     assert (found.num_started, found.not_needed) == (40, {})
     assert left(planned(stub, 0.01)) == []
     assert reasons(planned(stub, 0.01)) == {}
+    assert rounds.num_unsettled(stub, planned(stub, 0.01)) == 1
+    assert rounds.num_unsettled(stub, planned(stub, 0.02)) == 0
 
 
 def test_a_wider_interval_later_needs_nothing_and_a_narrower_one_goes_on(stub):

@@ -140,6 +140,19 @@ def not_needed(store: Path, items: Iterable[Planned]) -> dict[str, str]:
     return found
 
 
+def num_unsettled(store: Path, planned: Iterable[Planned]) -> int:
+    """Adaptive blocks of which all rounds were measured, and were too few."""
+    found = 0
+    for unit in _blocks(item for item in planned if item.until_ci is not None):
+        points = {item.run.run_id: _counted(store, item.run.run_id) for item in unit}
+        has_ended = all(points[item.run.run_id] or item.is_needless for item in unit)
+        measured = [point for point in points.values() if point is not None]
+        lost = {point.cell for point in measured if point.outcome in LOST}
+        rest = [point for point in measured if point.cell not in lost]
+        found += has_ended and bool(rest) and _end(rest, unit[0].until_ci) is None
+    return found
+
+
 def spared(planned: Iterable[Planned], why: Mapping[str, str]) -> list[Planned]:
     """The same runs; those that a sweep has found needless say so."""
     return [
