@@ -255,6 +255,16 @@ def test_what_an_older_build_settled_is_stale_and_settled(stub):
     assert len(reasons(again)) == 12
 
 
+def test_a_rerun_of_a_stale_block_that_is_interrupted_is_stale_as_a_whole(stub):
+    measured(stub, [replace(item, build="older.code") for item in planned(stub)])
+    todo = commands.todo(planned(stub), rerun_stale=True)
+    executor = Interrupted(stub, alternating, 5)
+    sweep.sweep(stub, todo, HERE, executor=executor, watch=executor.watch)
+    again = planned(stub)
+    assert left(again) == []
+    assert all(item.is_stale for item in again)
+
+
 def job(store, items, monkeypatch, says=alternating):
     monkeypatch.setattr(sweep, "Local", lambda store, *_: Instant(store, says))
     made = submission.intend(store, title="stub", command="a test", snapshot=store,

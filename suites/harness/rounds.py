@@ -82,14 +82,16 @@ def settle(store: Path, planned: list[Planned], until: Mapping[str, float]) -> l
         points = {item.run.run_id: _counted(store, item.run.run_id) for item in unit}
         points = {run_id: point for run_id, point in points.items() if point is not None}
         has_grown = _has_grown(unit, points)
-        begins_anew = has_grown or any(item.reason == plan.WITH_ITS_BLOCK for item in unit)
-        needless = {} if begins_anew else _needless(unit, points, bound)
+        was_interrupted = any(item.reason == plan.WITH_ITS_BLOCK for item in unit)
+        needless = {} if has_grown or was_interrupted else _needless(unit, points, bound)
         is_stale = any(item.is_stale for item in unit if item.run.run_id not in needless)
         for item in unit:
             run_id = item.run.run_id
             made = replace(item, until_ci=bound, measured=tuple(points))
             if run_id in needless and (item.is_pending or (item.is_stale and not is_stale)):
                 made = replace(made, is_pending=False, is_stale=False, reason=needless[run_id])
+            elif was_interrupted and is_stale:  # it was run again as stale, rounds that are new too
+                made = replace(made, is_pending=False, is_stale=True)
             elif has_grown and not item.is_pending and item.outcome == "completed":
                 made = replace(made, is_pending=True, reason=BESIDE_NEW)
             changed[run_id] = made
