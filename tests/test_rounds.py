@@ -143,16 +143,35 @@ def test_a_variant_that_cannot_run_is_left_out_of_later_rounds(stub, outcome):
     assert lost == [f"finished: {outcome}", *[f"not needed: {outcome} in round 0"] * 19]
 
 
+def test_a_variant_that_is_lost_later_is_left_out_with_the_rounds_that_it_had(stub):
+    def says(run):
+        return "diverged" if run.backend == "torch" and run.round == 2 else 1.0
+
+    assert measured(stub, planned(stub), says).num_started == 8 + 3
+    assert left(planned(stub)) == []
+
+
 def test_a_variant_that_failed_once_is_tried_again_and_waits_for_nobody(stub):
-    """Round 3 lacks one side: the pair is looked at when it has as many rounds as a look needs."""
-    found = measured(
-        stub, planned(stub), lambda run: "failed" if (run.round, run.backend) == (3, "jax") else 1.0
-    )
-    assert found.num_started == 18
-    again = planned(stub)
+    """A pair that lacks round 3 is looked at one round after the others."""
+    families = ("hawk", "griffin")
+
+    def says(run):
+        is_failed = (run.round, run.backend, run.model.family) == (3, "jax", "griffin")
+        return "failed" if is_failed else 1.0
+
+    assert measured(stub, planned(stub, families=families), says).num_started == 9 * 4
+    again = planned(stub, families=families)
     assert left(again) == [3]
     assert set(reasons(again).values()) == {"not needed: settled after 9 rounds"}
     assert measured(stub, again).num_started == 1  # alone: the others say nothing new
+    assert left(planned(stub, families=families)) == []
+
+
+def test_a_round_that_was_never_measured_holds_up_those_after_it(stub):
+    lacking = [i for i in planned(stub) if (i.run.round, i.run.backend) != (5, "torch")]
+    assert measured(stub, lacking, lambda run: 1.0).num_started == 9 * 2 - 1
+    assert left(planned(stub)) == [5, *range(9, 20)]
+    assert measured(stub, planned(stub), lambda run: 1.0).num_started == 1
     assert left(planned(stub)) == []
 
 
@@ -225,8 +244,8 @@ class Interrupted(Instant):
         return None if self.number else Stop(outcome="preempted", reason="told to", grace_s=0.0)
 
 
-def interrupted(store, items, number):
-    executor = Interrupted(store, alternating, number)
+def interrupted(store, items, number, says=alternating):
+    executor = Interrupted(store, says, number)
     todo = commands.todo(items)
     return sweep.sweep(store, todo, HERE, executor=executor, watch=executor.watch)
 
@@ -289,13 +308,15 @@ def test_a_job_ends_its_block_as_a_sweep_does(stub, monkeypatch):
 
 
 def test_a_job_that_was_interrupted_measures_its_block_again(stub, monkeypatch):
-    """A round of the first sweep is none of the second: together they would seem settled."""
-    ours = job(stub, planned(stub), monkeypatch)
+    """Of 9 rounds the first 3 were noisy, and the second sweep began with quiet ones. A round of
+    the first is none of the second: together they would seem settled."""
+    ours = job(stub, planned(stub, 0.03), monkeypatch)
     given = ours.made.runs(0, 0)
-    interrupted(stub, given, 20)
+    interrupted(stub, given, 20, lambda run: alternating(run) + (run.round < 3) * run.round)
+    interrupted(stub, [replace(item, is_pending=True) for item in given], 6)
     assert rounds.not_needed(stub, given) == {}
     assert len(worker.pending(stub, given, HERE)) == 40
-    assert worker.work(ours).num_started == 24
+    assert worker.work(ours).num_started == 16
     assert worker.pending(stub, given, HERE) == []
 
 
