@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from stub_suite import stub_run
 
-from suites import commands, compose
+from suites import commands, compose, jobs, watching
 from suites.harness import plan, provenance, reconcile, rounds, submission, sweep, worker
 from suites.harness.cluster import Cluster
 from suites.harness.execute import Task
@@ -88,7 +88,8 @@ def reasons(items):
 
 
 def test_a_block_ends_where_its_interval_is_as_narrow_as_asked(stub):
-    found = measured(stub, planned(stub))
+    before = planned(stub)
+    found = measured(stub, before)
     why = "not needed: settled after 12 rounds"
     assert found.num_started == 24
     assert set(found.not_needed.values()) == {why}
@@ -99,6 +100,7 @@ def test_a_block_ends_where_its_interval_is_as_narrow_as_asked(stub):
     assert reasons(again) == dict.fromkeys(range(12, 20), why)
     assert {i.run.run_id for i in again if i.is_needless} == found.not_needed.keys()
     assert measured(stub, again).num_started == 0
+    assert measured(stub, before).num_started == 0  # by whoever had planned the same
     assert commands.exit_code(again, sweep.Result()) == 0
 
 
@@ -328,6 +330,19 @@ def test_no_record_is_made_of_what_was_not_needed(stub, monkeypatch):
     reconcile._close(ours.made, 0, 0, cancelled, None)
     assert {record.outcome for record in read_all(stub)} == {"completed"}
     assert len(list(read_all(stub))) == 24
+
+
+def test_a_submission_on_this_machine_ends_with_its_block(stub, capsys):
+    """In processes of their own, from submit to wait; the stub takes 1 ms in each round."""
+    items = planned(stub, sides=("jax",))
+    here = replace(HERE, view_s=0.1)
+    bill = jobs._bill(stub, commands.todo(items), items, [here], reconcile.reconcile(stub))
+    assert jobs._submit(stub, bill, "stub", "a test", dry_run=False, as_json=True) == 0
+    capsys.readouterr()
+    assert watching.wait(stub, [], timeout_s=100, every_s=0.2, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"is_over_time": False, "outcomes": {"completed": 8, "not_needed": 12}}
+    assert left(planned(stub, sides=("jax",))) == []
 
 
 def point(cell, number, value, *, sweep="s", outcome="completed", at=None):
