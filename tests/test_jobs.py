@@ -215,6 +215,11 @@ def test_rounds_that_are_not_needed_are_nothing_left_to_do(aerie, shims, tmp_pat
     asked = (*ONE[:2], "backend=jax,torch", *ONE[4:])
     told = json.loads(aerie("submit", *asked, *CLUSTER, "--until-ci", "3%", *options)[1])
     assert (told["num_runs"], told["is_at_most"]) == (42, True)  # and two proxies
+    plain = ("submit", *asked, *CLUSTER, "suite.rounds=20", "--dry-run", "--results", tmp_path)
+    fixed = json.loads(aerie(*plain, "--json")[1])
+    assert told["device_hours"]["high"] == fixed["device_hours"]["high"]
+    assert told["device_hours"]["low"] < fixed["device_hours"]["low"]
+    assert not fixed["is_at_most"]
     made = submission.find(tmp_path / "raw", told["submission"])
     leave_rounds(made, 8)
     row = f"77_{{}}|{{}}|RUNNING||0|1:00|1:00|N/A|aerie-{made.id}-0|None\n"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from suites.harness import plan
 from suites.harness.plan import NOT_NEEDED, Planned
 
-MOST_ROUNDS = 20  # of a block, unless suite.rounds is named: from here on 8 more narrow little
+MOST_ROUNDS = 20  # of a block, unless suite.rounds is named
 BESIDE_NEW = "measured again beside a new variant"
 STATE = "not_needed"  # of such a run, beside outcomes
 IF_NEEDED = "if needed"  # the reason of runs that are started only where the others ask for them
