@@ -20,7 +20,7 @@ from pyarrow import parquet
 from analysis import index
 from suites.harness.record import Record
 
-FRAME_SCHEMA = 7  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 8  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig that make a family what it is; two families may differ in these alone.
 FAMILY_FIELDS = ("family", "pattern", "window_size")
@@ -53,6 +53,7 @@ RECORD_COLUMNS = {
     # what it must cost
     "num_params": "int", "num_params_non_embedding": "int", "train_flops_per_token": "float",
     "cache_bytes_predicted": "float", "predicted_peak_memory_bytes": "float",
+    "model_flops": "float", "model_bytes": "float",
 }  # fmt: skip
 SAMPLE_COLUMNS = {"metric": "str", "value": "float", "unit": "str", "repeat": "int", "at": "int",
                   "field": "str"}  # fmt: skip
@@ -166,7 +167,7 @@ def _row(record: Record) -> dict[str, Any]:
     cost = {
         name: costs.get(name)
         for name in ("num_params", "num_params_non_embedding", "train_flops_per_token",
-                     "predicted_peak_memory_bytes")
+                     "predicted_peak_memory_bytes", "model_flops", "model_bytes")
     }  # fmt: skip
     return (
         given

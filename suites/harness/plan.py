@@ -16,6 +16,7 @@ from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype, unsupported
 from suites.harness import provenance, topology
+from suites.harness.costs import work_costs
 from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
 
@@ -396,6 +397,7 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         "train_flops_per_token": cost.train_flops_per_token(model, length),
         "cache_bytes": cost.cache_bytes(model, dtype=dtype, **cache),
         "predicted_peak_memory_bytes": memory,
+        **work_costs(model, work, dtype),
         **(topology.costs(model, work, dtype) if work.topology else {}),
     }
 

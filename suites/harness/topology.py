@@ -87,12 +87,10 @@ def read_dump(text: str) -> KernelCode:
 
 
 def costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, float]:
-    """What one program must do and hold, by our own model: without the engine around it."""
+    """What one program must hold, by our own model: without the engine around it."""
     batch = {"batch_size": work.batch_size, "dtype": dtype}
     capacity = work.prompt_len + work.num_new_tokens
     if work.phase == "train":
-        flops = cost.train_flops_per_token(model, work.seq_len) * work.batch_size * work.seq_len
-        num_bytes = cost.train_bytes(model, dtype)
         memory = cost.train_memory_bytes(
             model,
             seq_len=work.seq_len,
@@ -100,25 +98,12 @@ def costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, float]:
             **batch,
         )
     elif work.phase == "kernel":
-        flops = cost.recurrence_flops(model, work.batch_size, work.seq_len)
-        shape = {"seq_len": work.seq_len, "has_backward": True, **batch}
-        num_bytes = cost.scan_bytes(model, "rg_lru", **shape)
-        memory = cost.scan_memory_bytes(model, "rg_lru", **shape)
-    elif work.phase == "prefill":
-        flops = cost.prefill_flops(model, work.batch_size, work.prompt_len)
-        num_bytes = cost.prefill_bytes(model, prompt_len=work.prompt_len, **batch)
-        memory = cost.inference_memory_bytes(
-            model, prompt_len=work.prompt_len, capacity=capacity, keeps_master=False, **batch
+        memory = cost.scan_memory_bytes(
+            model, "rg_lru", seq_len=work.seq_len, has_backward=True, **batch
         )
     else:
-        contexts = range(work.prompt_len, capacity - 1)
-        flops = cost.decode_flops(model, work.batch_size, contexts)
-        num_bytes = sum(cost.decode_bytes(model, context=context, **batch) for context in contexts)
+        prompt_len = work.prompt_len if work.phase == "prefill" else 1
         memory = cost.inference_memory_bytes(
-            model, prompt_len=1, capacity=capacity, keeps_master=False, **batch
+            model, prompt_len=prompt_len, capacity=capacity, keeps_master=False, **batch
         )
-    return {
-        "model_flops": flops,
-        "model_bytes": num_bytes,
-        "predicted_peak_memory_bytes": memory,
-    }
+    return {"predicted_peak_memory_bytes": memory}
