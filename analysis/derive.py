@@ -190,13 +190,18 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
         done = group.loc[group["outcome"] == "completed", "length"]
         first = group.loc[group["is_out"], "length"].min()
         longest = done.max() if len(done) else None
-        made.append(_frontier_row(group.iloc[0].to_dict(), "longest context", longest, first))
-    columns = [*key, "prompt_len", "frontier", "reached", "out_of_memory_at", "why"]
+        row = _frontier_row(group.iloc[0].to_dict(), "longest context", longest, first)
+        why = group.loc[group["is_out"] & (group["length"] == first), "outcome"].iloc[0]
+        made.append(row | {"why": why})
+    columns = [*key, *_FRONTIER_WORK, "frontier", "reached", "out_of_memory_at", "why"]
     return pd.DataFrame(made, columns=columns)
 
 
+_FRONTIER_WORK = ("prompt_len", "num_new_tokens", "batch_size", "variant")
+
+
 def _frontier_row(row: dict, name: str, reached: Any, failed_at: Any) -> dict[str, Any]:
-    key = ("suite", "family", "size", "backend", "dtype", "device_kind", "prompt_len")
+    key = ("suite", "family", "size", "backend", "dtype", "device_kind", *_FRONTIER_WORK)
     return {k: row.get(k) for k in key} | {
         "frontier": name,
         "reached": reached,

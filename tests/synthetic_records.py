@@ -9,12 +9,21 @@ from suites.harness.record import METRICS, Record, Sample, write
 
 FAMILIES = ("mqa", "hawk", "griffin")
 BACKENDS = ("jax", "torch")
-SPEED = {"mqa": 1.0, "hawk": 1.25, "griffin": 1.1, "jax": 1.0, "torch": 1.5}
-PATTERNS = {"mqa": ["mqa"], "hawk": ["rg_lru"], "griffin": ["rg_lru", "rg_lru", "mqa"]}
+SPEED = {"mqa": 1.0, "mqa_local": 0.9, "hawk": 1.25, "griffin": 1.1, "jax": 1.0, "torch": 1.5}
+PATTERNS = {
+    "mqa": ["mqa"],
+    "mqa_local": ["mqa"],
+    "hawk": ["rg_lru"],
+    "griffin": ["rg_lru", "rg_lru", "mqa"],
+}
 
 
 def sample(metric: str, value: float, **rest) -> Sample:
     return Sample(metric=metric, value=float(value), unit=METRICS[metric].unit, **rest)
+
+
+PEAKS = (sample("peak_flops_per_s", 1e11, field="measured"),
+         sample("peak_bytes_per_s", 2e10, field="measured"))  # fmt: skip
 
 
 def record(
@@ -38,6 +47,7 @@ def record(
     provenance: dict | None = None,
     costs: dict | None = None,
     optimizer: dict | None = None,
+    kernels: dict | None = None,
     **work,
 ) -> Record:
     """One attempt; cell_id and run_id are words here, not hashes, so that failures read well."""
@@ -50,7 +60,7 @@ def record(
         "lambda_init": "paper",
     } | (model or {})  # fmt: skip
     words = [suite, family, backend, dtype, device_kind, str(sorted(workload.items())),
-             str(sorted(settings.items(), key=str)), str(optimizer)]  # fmt: skip
+             str(sorted(settings.items(), key=str)), str(optimizer), str(kernels)]  # fmt: skip
     cell_id = "cell " + " ".join(words)
     run_id = f"{abs(hash_of(cell_id)):012x}-{seed}-{round}"
     return Record(
@@ -63,7 +73,8 @@ def record(
         phase=None if outcome == "completed" else "measure",
         run={
             "suite": suite, "model": settings, "backend": backend, "dtype": dtype,
-            "workload": workload, "kernels": {"linear_scan": "auto", "attention": "auto"},
+            "workload": workload,
+            "kernels": {"linear_scan": "auto", "attention": "auto"} | (kernels or {}),
             "data": {"name": "stdlib", "source": "stdlib"},
             "optimizer": optimizer or {"name": "adamw", "learning_rate": 3e-3},
             "device_kind": device_kind, "seed": seed, "round": round,
@@ -161,3 +172,102 @@ def quickstart(store: Path, *, rounds: int = 3, seq_lens=(256, 512), with_parity
         if with_parity:
             write(store, parity(family, backend))
     return store
+
+
+def throughput(
+    family: str, backend: str, round: int, num_new_tokens: int, prompt_len: int = 16, **rest
+) -> Record:
+    """A search over batch sizes that memory ends; MQA's cache ends it sooner, and slows it."""
+    rng = np.random.default_rng([len(family), len(backend), round, num_new_tokens])
+    grows = num_new_tokens / 512 if family == "mqa" else 0.1
+    largest = {"mqa": 16, "hawk": 128, "griffin": 64}[family]
+    samples = []
+    batch = 1
+    while batch <= largest:
+        rate = 900 * batch / (SPEED[backend] * (1 + batch / 40) * (1 + grows))
+        for repeat, value in enumerate(rate * rng.normal(1, 0.01, 3)):
+            samples.append(sample("tokens_per_s", value, repeat=repeat, at=batch))
+        batch *= 2
+    ended = "bound" if family == "hawk" else "out_of_memory_predicted"
+    samples.append(sample("max_batch_size", largest, field=ended))
+    return record("decode_throughput", family, backend, samples=tuple(samples), round=round,
+                  phase="decode", batch_size=1, prompt_len=prompt_len,
+                  num_new_tokens=num_new_tokens, **rest)  # fmt: skip
+
+
+def latency(
+    family: str, backend: str, round: int, num_new_tokens: int, prompt_len: int, **rest
+) -> Record:
+    """Seconds of decoding: a KV cache slows with the context, a state does not."""
+    rng = np.random.default_rng([len(family), len(backend), round, num_new_tokens, prompt_len])
+    context = prompt_len + num_new_tokens / 2
+    step = SPEED[family] * SPEED[backend] * (1 + (context / 2000 if family == "mqa" else 0))
+    times = 4e-3 * num_new_tokens * step * rng.normal(1, 0.02) * rng.normal(1, 0.01, 5)
+    samples = [sample("decode_time_s", t, repeat=i) for i, t in enumerate(times)]
+    samples += [sample("tpot_ms", t * 1e3 / num_new_tokens, repeat=i) for i, t in enumerate(times)]
+    samples += PEAKS
+    return record("decode_latency", family, backend, samples=tuple(samples), round=round,
+                  batch_size=16, prompt_len=prompt_len, num_new_tokens=num_new_tokens,
+                  costs={"model_flops": 1e6 * num_new_tokens * 16,
+                         "model_bytes": 1.2e6 * num_new_tokens}, **rest)  # fmt: skip
+
+
+def scan(
+    backend: str, variant: str, round: int, seq_len: int, *, op: str = "linear_scan",
+    phase: str = "evaluate", **rest,
+) -> Record:  # fmt: skip
+    rng = np.random.default_rng([len(backend), len(variant), round, seq_len, len(phase)])
+    factor = {"sequential": 2.5, "associative": 5.0, "analytic": 1.0}[variant]
+    factor *= SPEED[backend] * (3 if phase == "train" else 1)
+    time = factor * seq_len / 1024 * rng.normal(1, 0.02)
+    samples = [sample("op_time_ms", time * t, repeat=i)
+               for i, t in enumerate(rng.normal(1, 0.01, 5))]  # fmt: skip
+    return record("kernel_speed", "hawk", backend, samples=(*samples, *PEAKS), round=round,
+                  phase=phase, op=op, batch_size=8, seq_len=seq_len,
+                  provenance=scan_kernels(variant), kernels={"linear_scan": variant},
+                  costs={"model_flops": 2e4 * seq_len, "model_bytes": 6e4 * seq_len},
+                  **rest)  # fmt: skip
+
+
+def scan_kernels(variant: str) -> dict:
+    return {"resolved_kernels": {"linear_scan": variant, "attention": "plain",
+                                 "program": "compiled"}}  # fmt: skip
+
+
+def scaled(family: str, backend: str, seed: int, width: int, **rest) -> Record:
+    """A quality run of one size of a power law: loss over parameters, with tokens in proportion."""
+    rng = np.random.default_rng([len(family), len(backend), seed, width])
+    num_params = 12 * width**2 * {"mqa": 1.0, "hawk": 1.18, "griffin": 1.12}[family]
+    scale = {"mqa": 1.0, "hawk": 1.03, "griffin": 0.985}[family]
+    loss = scale * 12 * num_params**-0.12 * rng.normal(1, 0.004)
+    return record(
+        "language_modeling", family, backend, samples=(sample("loss", loss),), seed=seed,
+        seq_len=512, batch_size=8, num_steps=int(num_params / 200), phase="train",
+        model={"size": f"w{width}", "d_model": width},
+        costs={"num_params_non_embedding": int(num_params),
+               "train_flops_per_token": 6.0 * num_params}, **rest,
+    )  # fmt: skip
+
+
+def windowed(family: str, seq_len: int, window: int | None, seed: int = 0) -> Record:
+    rng = np.random.default_rng([len(family), seq_len, window or 0, seed])
+    loss = 2.6 + (0.0 if window is None else 0.03 * np.log2(seq_len / window) - 0.01)
+    loss -= 0.035 if family == "griffin" else 0
+    return record("language_modeling", family, "jax", seed=seed, seq_len=seq_len, num_steps=200,
+                  samples=(sample("loss", loss + rng.normal(0, 0.002)),),
+                  model={"window_size": window})  # fmt: skip
+
+
+def recall(family: str, backend: str, seed: int = 0, num_examples: int | None = 64) -> Record:
+    """Accuracy over steps and over lengths, of so many examples."""
+    starts = {"mqa": 400, "hawk": 2500, "griffin": 600}[family] + 100 * seed
+    reach = {"mqa": 256, "hawk": 8192, "griffin": 4096}[family]
+    samples = [sample("accuracy", 1 / (1 + np.exp((starts - step) / 150)), at=step)
+               for step in range(0, 5001, 250)]  # fmt: skip
+    lengths = 2 ** np.arange(6, 14)
+    samples += [sample("accuracy_by_length", min(1.0, (reach / n) ** 2), at=int(n))
+                for n in lengths]  # fmt: skip
+    if num_examples:
+        samples.append(sample("num_examples", num_examples))
+    return record("recall", family, backend, samples=tuple(samples), seed=seed, phase="train",
+                  seq_len=256, num_steps=5000)  # fmt: skip

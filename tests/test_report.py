@@ -274,8 +274,8 @@ def test_every_figure_with_data_is_drawn_with_units(quickstart):
     store, path = quickstart
     drawn = {file.stem for file in (path.parent / "figures").glob("*.png")}
     assert drawn == {"relative_step_time", "training_throughput", "decode_latency",
-                     "learning_curves", "loss_by_position", "parity_error",
-                     "peak_memory"}  # fmt: skip
+                     "learning_curves", "loss_by_position", "parity_error", "peak_memory",
+                     "memory_frontier", "framework_ratios", "gate_behaviour"}  # fmt: skip
     figure = figures.training_throughput(analysis.load(store))
     axes = figure.axes[0]
     assert axes.get_ylabel() == "Throughput (tokens/s)"

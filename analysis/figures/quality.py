@@ -1,0 +1,145 @@
+"""Quality: how the loss falls over steps, compute, positions and windows; bands are over seeds."""
+
+import json
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import derive, style
+from analysis.figures import drawing
+from suites.harness.record import METRICS
+
+SUITE = "language_modeling"
+SMOOTHED = 40  # parts of a run: the window of a learning curve's median
+MAX_BINS = 24
+
+
+def learning_curves(frame: pd.DataFrame) -> Figure | None:
+    """Training loss by step; the median over seeds, smoothed over a fortieth of the run."""
+    rows = drawing.summary(frame, SUITE, "train_loss", at=True)
+    if rows.empty:
+        return None
+    rows = rows.sort_values("at")
+    curves = rows.groupby(["cell_id"], sort=False)
+    for column in ("value", "low", "high"):
+        rows[column] = curves[column].transform(
+            lambda values: values.rolling(max(1, len(values) // SMOOTHED), min_periods=1).median()
+        )
+    label = METRICS["train_loss"].label
+    return drawing.lines(rows, "at", "Optimizer step", label, is_log=False, is_curve=True)
+
+
+def loss_by_position(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss by position in the document, the length of training sequences marked; where
+    positions are many, in 24 log-spaced bins."""
+    rows = drawing.summary(frame, SUITE, "loss_by_position", at=True)
+    if rows.empty:
+        return None
+    rows["at"] = rows["at"] + 1  # positions count from 0; a log axis from 1
+    if rows["at"].nunique() > 32:
+        edges = np.unique(np.geomspace(1, rows["at"].max() + 1, MAX_BINS + 1).round())
+        rows["bin"] = np.digitize(rows["at"], edges)
+        numbers = ["at", "value", "low", "high"]
+        kept = [name for name in rows if name not in numbers]
+        means = rows.groupby(["cell_id", "bin"], sort=False)[numbers].mean()
+        rows = rows[kept].drop_duplicates(["cell_id", "bin"])
+        rows = rows.merge(means.reset_index(), on=["cell_id", "bin"])
+    label = METRICS["loss_by_position"].label
+    return drawing.lines(rows, "at", "Position in the document, from 1", label, is_curve=True,
+                         decorate=_mark_training_length)  # fmt: skip
+
+
+def scaling(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss over training FLOPs and over parameters without embeddings, both logarithmic;
+    lines are power laws, fitted from three points on."""
+    rows = drawing.summary(frame, SUITE, "loss")
+    flops = derive.runs(frame).drop_duplicates("cell_id").set_index("cell_id")
+    tokens = [rows[name].astype(float) for name in ("batch_size", "seq_len", "num_steps")]
+    per_token = rows["cell_id"].map(flops["train_flops_per_token"])
+    rows["flops"] = per_token.astype(float) * tokens[0] * tokens[1] * tokens[2]
+    rows["params"] = rows["num_params_non_embedding"].astype(float)
+    keys = ["dtype", "device_kind", "data"]
+    rows = rows[rows["flops"].notna()]
+    lines = rows.groupby([*keys, *drawing.LINE], dropna=False)["flops"]
+    if rows.empty or lines.nunique().max() < 2:
+        return None
+    panels, notes = drawing.panels_of(rows, keys, (), 1)
+    (key, part), *_ = panels
+    figure, grid = drawing.panel_grid(2)
+    for axes, x in zip(grid, ("flops", "params"), strict=True):
+        for (family, backend, variant), line in sorted(
+            part.groupby(drawing.LINE), key=lambda item: drawing.order(item[0])
+        ):
+            look = style.line(family, backend, is_verified=drawing.is_verified(line))
+            look["linestyle"] = "none"
+            extra = [drawing.text(variant)] if variant else []
+            name = drawing.label(family, backend, line, extra)
+            at, value, low, high = (line[c].to_numpy(dtype=float)
+                                    for c in (x, "value", "low", "high"))  # fmt: skip
+            axes.plot(at, value, **look, label=name)
+            drawing.draw_intervals(axes, at, value, low, high, look)
+        drawing.log_values(axes.xaxis)
+    drawing.keep_in_sight(grid[0], part)
+    drawing.log_values(grid[0].yaxis)
+    grid[0].set_xlabel("Training compute (FLOPs)")
+    grid[1].set_xlabel("Parameters without embeddings")
+    drawing.label_rows(figure, METRICS["loss"].label)
+    if rows.groupby(keys, dropna=False).ngroups > 1:
+        notes.append(f"Here: {', '.join(map(drawing.text, key))}.")
+    drawing.legend(figure, grid[:1])
+    drawing.note(figure, notes, part)
+    return figure
+
+
+def window_sizes(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss by window size, a panel for each training length; a model that sees all
+    positions stands at the window of its training length, and as a line across."""
+    rows = drawing.summary(frame, SUITE, "loss")
+    if rows.empty:
+        return None
+    windows = [json.loads(model).get("window_size") for model in rows["model"]]
+    has_attention = ["mqa" in (json.loads(model).get("pattern") or ("mqa",))
+                     for model in rows["model"]]  # fmt: skip
+    rows = rows.assign(window=np.array(windows, dtype=float), is_global=pd.isna(windows))
+    rows = rows[has_attention]
+    if rows["window"].nunique() < 2:
+        return None
+    # the window is the axis here: what else sets a cell apart stays in its name
+    rows["variant"] = [", ".join(word for word in text.split(", ") if word
+                                 and not word.startswith("window_size="))
+                       for text in rows["variant"]]  # fmt: skip
+    keys = [*drawing.PANEL, "seq_len"]
+    panels, notes = drawing.panels_of(rows, keys, ())
+    figure, grid = drawing.panel_grid(len(panels))
+    for axes, (key, part) in zip(grid, panels, strict=True):
+        for (family, backend), extra, line in drawing.line_groups(
+            part[part["is_global"]], "seq_len"
+        ):
+            look = style.line(family, backend, is_verified=drawing.is_verified(line))
+            for row in line.to_dict("records"):
+                axes.axhline(row["value"], color=look["color"], linestyle=look["linestyle"],
+                             linewidth=1)  # fmt: skip
+            name = drawing.label(family, backend, line, [*extra, "all positions"])
+            drawing.draw(axes, line, "seq_len", look | {"linestyle": "none"}, name)
+        local = part[~part["is_global"]]
+        drawing.draw_lines(axes, local, "window")
+        places = np.append(local["window"].to_numpy(dtype=float), float(key[-1]))
+        drawing.log_lengths(axes, places)
+        axes.set_xlabel("Window size (tokens, itself included)")
+        words = [f"Trained at {key[-1]:,.0f} tokens"]
+        words += [drawing.text(value) for name, value in zip(keys[:-1], key, strict=False)
+                  if rows[name].nunique() > 1]  # fmt: skip
+        axes.set_title(", ".join(words))
+    drawing.keep_in_sight(grid[0], rows)
+    drawing.label_rows(figure, METRICS["loss"].label)
+    drawing.legend(figure, grid)
+    drawing.note(figure, notes, rows)
+    return figure
+
+
+def _mark_training_length(axes: Axes, part: pd.DataFrame) -> None:
+    for seq_len in sorted(part["seq_len"].dropna().unique()):
+        axes.axvline(float(seq_len), color=style.GRID, linestyle=":", linewidth=1.3,
+                     label=f"Trained at {seq_len:,.0f} tokens")  # fmt: skip
