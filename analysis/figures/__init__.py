@@ -48,7 +48,8 @@ def describe(name: str, figure: Figure) -> str:
         series = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
         if not series:
             continue
-        panel = f"Panel {number}" + (f" ({axes.get_title()})" if axes.get_title() else "")
+        title = axes.get_title("left") or axes.get_title("center")
+        panel = f"Panel {number}" + (f" ({title})" if title else "")
         words.append(f"{panel if len(figure.axes) > 1 else 'Plot'}: {axes.get_ylabel()} over "
                      f"{axes.get_xlabel()}." if axes.get_ylabel() else f"{panel}:")  # fmt: skip
         for line in series[:MOST_SERIES]:

@@ -105,7 +105,7 @@ def _by_tokens(
     drawing.log_values(grid[0, 0].yaxis)
     grid[0, 0].set_ylabel(label)
     if num_rows == 2:
-        drawing.keep_in_sight(grid[1, 0], ratios, reference=1.0)
+        notes += drawing.keep_in_sight(grid[1, 0], ratios, reference=1.0)
         grid[1, 0].set_ylabel(ratio_label)
     drawing.legend(figure, grid[0])
     drawing.note(figure, notes, rows)

@@ -129,7 +129,7 @@ def lines(
         title(axes, rows, key, panel)
         thousands(axes, rows)
     if limits is None:
-        keep_in_sight(grid[0], rows, from_zero, reference)
+        notes += keep_in_sight(grid[0], rows, from_zero, reference)
         if has_lost and grid[0].get_yscale() == "linear":  # room for the crosses
             bottom, top = grid[0].get_ylim()
             grid[0].set_ylim(bottom, top + 0.12 * (top - bottom))
@@ -320,10 +320,14 @@ def ghost(
 
 def keep_in_sight(
     axes: Axes, rows: pd.DataFrame, from_zero: bool = False, reference: float | None = None
-) -> None:
-    """Values fill the axis; of an interval many times wider than their spread the ends run off."""
-    values = rows["value"].astype(float)
-    low, high = values.min(), values.max()
+) -> list[str]:
+    """Values and ghosts fill the axis; of an interval many times wider than their spread the ends
+    run off. Returns a note where they do."""
+    values = rows["value"].astype(float).to_numpy()
+    marks = [line.get_ydata() for other in axes.figure.axes for line in other.get_lines()
+             if line.get_color() == style.GHOST]  # fmt: skip
+    values = np.concatenate([values, *marks])
+    low, high = np.nanmin(values), np.nanmax(values)
     reach = max(high - low, 0.2 * abs(high))
     bottom, top = axes.get_ylim()
     low, high = low - reach, high + reach
@@ -332,7 +336,10 @@ def keep_in_sight(
     bottom = 0 if from_zero else max(bottom, low)
     if (rows[["low", "value"]].min(axis=None) >= 0) and bottom < 0:
         bottom = 0
-    axes.set_ylim(bottom, min(top, high))
+    top = min(top, high)
+    axes.set_ylim(bottom, top)
+    is_cut = (rows["low"] < bottom).any() or (rows["high"] > top).any()
+    return ["Some intervals reach beyond the axis; the tables have their ends."] if is_cut else []
 
 
 # words, ticks, legends

@@ -51,7 +51,8 @@ def parity_by_layer(frame: pd.DataFrame) -> Figure | None:
     found = errors["field"].str.extract(LAYER)
     errors = errors.assign(kind=found["kind"], layer=found["layer"].astype(float))
     errors = errors[errors["layer"].notna() & ~errors["kind"].str.startswith(DRAWN_ONCE, na=False)]
-    if errors["layer"].nunique() < 2:
+    errors = errors[errors.groupby("kind")["layer"].transform("nunique") > 1]
+    if errors.empty:
         return None
     worst = _worst(errors, ["kind", "dtype", "family", "backend", "layer"])
     worst["value"], floor = _on_a_log_axis(worst["share"])

@@ -81,7 +81,7 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
             axes.plot(at, value, **look, label=name)
             drawing.draw_intervals(axes, at, value, low, high, look)
         drawing.log_values(axes.xaxis)
-    drawing.keep_in_sight(grid[0], part)
+    notes += drawing.keep_in_sight(grid[0], part)
     drawing.log_values(grid[0].yaxis)
     grid[0].set_xlabel("Training compute (FLOPs)")
     grid[1].set_xlabel("Parameters without embeddings")
@@ -132,7 +132,7 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
         words += [drawing.text(value) for name, value in zip(keys[:-1], key, strict=False)
                   if rows[name].nunique() > 1]  # fmt: skip
         axes.set_title(", ".join(words))
-    drawing.keep_in_sight(grid[0], rows)
+    notes += drawing.keep_in_sight(grid[0], rows)
     drawing.label_rows(figure, METRICS["loss"].label)
     drawing.legend(figure, grid)
     drawing.note(figure, notes, rows)
