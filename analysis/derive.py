@@ -23,30 +23,37 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
 @remembered
 def processes(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (run, metric, at): the median over repeats, with how many were odd."""
-    rows = frame[["run_id", "metric", "at", "value"]][
+    first, facts = _medians(frame)
+    kept = frame.columns.drop(["value", "repeat"])
+    made = {name: frame[name].array.take(first) for name in kept}
+    rows = pd.DataFrame(made | facts, copy=False)  # millions: assign would copy them
+    rows["at"] = rows["at"].astype("float64")
+    marked = mark_parity(runs(frame), parity(frame)).set_index("run_id")["parity"]
+    rows["parity"] = rows["run_id"].astype(object).map(marked)
+    return rows
+
+
+def _medians(frame: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The place of the first repeat of each (run, metric, at), and what its repeats say."""
+    is_wanted = (
         _is_counted(frame)
         & (frame["outcome"] == "completed")
         & (frame["suite"] != "parity")
         & frame["value"].notna()
-    ]
-    rows = rows.assign(at=rows["at"].astype("float64"))
+    )
+    places = np.flatnonzero(is_wanted)
+    rows = frame[["run_id", "metric", "at", "value"]].iloc[places]
     groups = _Groups(rows, ["run_id", "metric", "at"])
     value = rows["value"].to_numpy()
     median = groups.median(value)
     distance = np.abs(value - median[groups.number])
     spread = groups.median(distance)[groups.number]
-    count = groups.size[groups.number]
-    odd = statistics.is_far(distance, median[groups.number], spread, count)
-    firsts = frame.drop(columns="repeat").loc[rows.index[groups.first]]
-    firsts = firsts.assign(
-        at=firsts["at"].astype("float64"),
-        value=median,
-        num_repeats=groups.size,
-        num_outliers=np.bincount(groups.number, weights=odd).astype(int),
-    )
-    marked = mark_parity(runs(frame), parity(frame)).set_index("run_id")["parity"]
-    firsts["parity"] = firsts["run_id"].astype(object).map(marked)
-    return firsts.reset_index(drop=True)
+    odd = statistics.is_far(distance, median[groups.number], spread, groups.size[groups.number])
+    return places[groups.first], {
+        "value": median,
+        "num_repeats": groups.size,
+        "num_outliers": np.bincount(groups.number, weights=odd).astype(int),
+    }
 
 
 class _Groups:

@@ -32,14 +32,14 @@ SIZE_FIELDS = ("size", "d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "
 RECORD_COLUMNS = {
     # which run
     "run_id": "str", "cell_id": "str", "build": "str", "engine_build": "str",
-    "attempt": "str", "block": "str", "order": "int", "outcome": "str", "reason": "str",
+    "attempt": "str", "block": "str", "order": "few", "outcome": "str", "reason": "str",
     "phase": "str", "is_counted": "bool", "is_current": "bool",
     "started_at": "str", "seconds": "float",
     # what was asked
     "suite": "str", "family": "str", "size": "str", "backend": "str", "dtype": "str",
-    "device_kind": "str", "seed": "int", "round": "int", "data": "str", "window_size": "int",
+    "device_kind": "str", "seed": "int", "round": "few", "data": "str", "window_size": "int",
     "work_phase": "str", "op": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
-    "num_new_tokens": "int", "num_steps": "int", "num_devices": "int", "levels": "str",
+    "num_new_tokens": "int", "num_steps": "int", "num_devices": "few", "levels": "str",
     "model": "str", "kernels": "str", "optimizer": "str",
     # digests of settings: equal between the runs that may be compared
     "across_backends": "str", "across_families": "str", "across_scans": "str",
@@ -47,22 +47,22 @@ RECORD_COLUMNS = {
     # on what
     "linear_scan": "str", "attention": "str", "layers": "str", "program": "str",
     "device_name": "str", "build_device": "str", "node": "str", "job": "str",
-    "cpu_model": "str", "num_cores": "int", "num_threads": "int", "memory_bytes": "int",
+    "cpu_model": "str", "num_cores": "few", "num_threads": "few", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
-    "data_digest": "str", "init_digest": "str", "num_segments": "int",
+    "data_digest": "str", "init_digest": "str", "num_segments": "few",
     # what it must cost
     "num_params": "int", "num_params_non_embedding": "int", "train_flops_per_token": "float",
     "cache_bytes_predicted": "float", "predicted_peak_memory_bytes": "float",
     "model_flops": "float", "model_bytes": "float",
 }  # fmt: skip
-SAMPLE_COLUMNS = {"metric": "str", "value": "float", "unit": "str", "repeat": "int", "at": "int",
+SAMPLE_COLUMNS = {"metric": "str", "value": "float", "unit": "str", "repeat": "few", "at": "int",
                   "field": "str"}  # fmt: skip
 COLUMNS = RECORD_COLUMNS | SAMPLE_COLUMNS
 KINDS = {
     "str": pa.dictionary(pa.int32(), pa.string()), "int": pa.int64(), "float": pa.float64(),
-    "bool": pa.bool_(),
+    "few": pa.int32(), "bool": pa.bool_(),
 }  # fmt: skip
-NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
 PART = 2**19  # rows of a frame that are written at a time
 RESOLVED = ("linear_scan", "attention", "layers", "program")  # of the engine, in its record
 
@@ -78,7 +78,9 @@ def read(store: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of a store, a row each, and their samples, of which `record` is the place of
     theirs. Records may be marked or left out before `tidy` joins them."""
     version = f"{FRAME_SCHEMA} {_digest(COLUMNS)}"
-    return _frames(index.table_of(Path(store), _table, version))
+    frames = _frames(index.table_of(Path(store), _table, version))
+    pa.default_memory_pool().release_unused()
+    return frames
 
 
 def counted(records: pd.DataFrame, worth: pd.Series) -> pd.Series:

@@ -97,7 +97,7 @@ def test_a_row_holds_numbers_and_no_words(store):
         for name, kind in load.COLUMNS.items():
             dtype = frame[name].dtype
             if kind != "str":
-                assert dtype in ("Int64", "float64", "boolean"), name
+                assert dtype in ("Int64", "Int32", "float64", "boolean"), name
                 continue
             assert isinstance(dtype, pd.CategoricalDtype), name
             assert frame[name].cat.codes.dtype == "int8", name
