@@ -1,0 +1,223 @@
+"""Factorial ablation: what each setting does to a metric, and whether two do it together.
+
+value = seed + main effects + two-way interactions + noise, by least squares. Seeds are blocks: all
+cells of one seed share what it decides. Where a cell is missing, or a seed of one, the same holds;
+only what the design cannot tell apart is said to be so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import fdtrc
+
+from analysis import statistics
+
+NOT_ESTIMABLE, NOT_RESOLVED = "not estimable", "not resolved"
+_EFFECT_COLUMNS = ["effect", "levels", "difference", "low", "high", "p", "p_holm", "verdict",
+                   "detectable", "reason"]  # fmt: skip
+_VARIANCE_COLUMNS = ["effect", "freedom", "sum_of_squares", "mean_square", "F", "p"]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """`effects`: a row a level beside the baseline's, and a row a pair of levels of two factors.
+    `variance`: the analysis of variance, a row an effect, and the residual."""
+
+    effects: pd.DataFrame
+    variance: pd.DataFrame
+    baseline: Mapping[str, Any]
+    num_seeds: int
+    num_cells: int
+    num_missing: int  # cells of the whole grid without a run
+
+
+def effects(
+    design: pd.DataFrame,
+    factors: Sequence[str] | None = None,
+    *,
+    baseline: Mapping[str, Any] | None = None,
+    better: str = "lower",
+) -> Ablation:
+    """`design` has a column a factor, `seed` and `value`; several values of one cell and seed are
+    averaged. `baseline` names a level of each factor, by default the first that comes.
+
+    A main effect is the difference that a level makes beside the baseline's, averaged over all
+    levels of the other factors; an interaction, how much larger the difference of one factor is at
+    a level of another than at its baseline. Intervals have level 95% each; p_holm is adjusted for
+    all rows, and the verdict is by it: better or worse than the sum of the parts, for an
+    interaction. `detectable` is the least difference found four times in five.
+
+    An interaction is left out of the model where no run has some combination of its levels, or
+    where it cannot be told from other effects.
+    """
+    factors = [name for name in design if name not in ("seed", "value")] \
+        if factors is None else list(factors)  # fmt: skip
+    lacking = [name for name in (*factors, "seed", "value") if name not in design]
+    if lacking:
+        raise ValueError(f"a factorial design needs the columns {', '.join(lacking)}.")
+    rows = design[[*factors, "seed", "value"]]
+    rows = rows.groupby([*factors, "seed"], sort=False, observed=True, dropna=False)["value"]
+    rows = rows.mean().reset_index()
+    levels = {name: list(dict.fromkeys(rows[name])) for name in factors}
+    for name in [name for name in factors if len(levels[name]) < 2]:
+        raise ValueError(f"{name!r} is no factor: all runs have {levels[name]}.")
+    for name, level in (baseline or {}).items():
+        if level not in levels.get(name, ()):
+            known = ", ".join(map(str, levels.get(name, ()))) or "none, it is no factor"
+            raise ValueError(f"baseline {name}={level}: no run has it; known: {known}.")
+        levels[name].sort(key=lambda value: value != level)  # stable: the others as they came
+    model = _Model(rows, levels)
+    grid = 1
+    for known in levels.values():
+        grid *= len(known)
+    num_cells = len(rows[factors].drop_duplicates())
+    return Ablation(
+        effects=_effects(model, better),
+        variance=_variance(model),
+        baseline={name: known[0] for name, known in levels.items()},
+        num_seeds=rows["seed"].nunique(),
+        num_cells=num_cells,
+        num_missing=grid - num_cells,
+    )
+
+
+class _Model:
+    """Least squares with effects that sum to zero over the levels of a factor, so that a main
+    effect is averaged over all levels of the others, however many runs each has."""
+
+    def __init__(self, rows: pd.DataFrame, levels: Mapping[str, list]) -> None:
+        self.levels, self.num_seeds = levels, rows["seed"].nunique()
+        self.codes = {name: _sum_to_zero(len(known)) for name, known in levels.items()}
+        self.value = rows["value"].to_numpy(dtype=float)
+        seeds = pd.get_dummies(rows["seed"]).to_numpy(dtype=float)
+        mains = {
+            (name,): self.codes[name][[known.index(level) for level in rows[name]]]
+            for name, known in levels.items()
+        }
+        pairs = {(a, b): _products(mains[a,], mains[b,]) for a, b in combinations(levels, 2)}
+        self.left_out: dict[tuple[str, ...], str] = {}
+        parts: dict[tuple[str, ...], np.ndarray] = {}
+        for term, columns in mains.items():
+            others = [part for other, part in mains.items() if other != term]
+            if _rank(seeds, *others, columns) < _rank(seeds, *others) + columns.shape[1]:
+                self.left_out[term] = "changes with other factors"
+            else:
+                parts[term] = columns
+        for (a, b), columns in pairs.items():
+            seen = set(zip(rows[a], rows[b], strict=True))
+            empty = [pair for pair in product(levels[a], levels[b]) if pair not in seen]
+            if empty:
+                self.left_out[a, b] = f"no run with {a}={empty[0][0]}, {b}={empty[0][1]}"
+            elif _rank(seeds, *parts.values(), columns) < (
+                _rank(seeds, *parts.values()) + columns.shape[1]
+            ):
+                self.left_out[a, b] = "changes with other effects"
+            else:
+                parts[a, b] = columns
+        self.terms = list(parts)
+        self.everything = [*mains, *pairs]
+        self.seeds, self.parts = seeds, parts
+        matrix = np.hstack([seeds, *parts.values()])
+        self.freedom = len(rows) - _rank(matrix)
+        self.solution, *_ = np.linalg.lstsq(matrix, self.value, rcond=None)
+        self.residual = float(((self.value - matrix @ self.solution) ** 2).sum())
+        self.inverse = np.linalg.pinv(matrix.T @ matrix)
+        starts = np.cumsum([seeds.shape[1], *(part.shape[1] for part in parts.values())])
+        self.start = dict(zip(self.terms, starts, strict=False))
+
+    @property
+    def mean_square(self) -> float | None:
+        """The variance of noise; unknown of a single seed, whose noise no other one shows."""
+        return self.residual / self.freedom if self.freedom and self.num_seeds > 1 else None
+
+    def contrast(self, term: tuple[str, ...], places: tuple[int, ...]) -> tuple[float, float]:
+        """What these levels differ by from the baseline's (place 0), and its variance by that of
+        the noise."""
+        steps = [self.codes[name][place] - self.codes[name][0]
+                 for name, place in zip(term, places, strict=True)]  # fmt: skip
+        columns = steps[0] if len(steps) == 1 else np.outer(*steps).ravel()
+        weights = np.zeros(len(self.solution))
+        weights[self.start[term] : self.start[term] + len(columns)] = columns
+        return float(weights @ self.solution), float(weights @ self.inverse @ weights)
+
+    def without(self, term: tuple[str, ...]) -> float:
+        """The residual sum of squares of the model without one term."""
+        rest = [part for other, part in self.parts.items() if other != term]
+        matrix = np.hstack([self.seeds, *rest])
+        solution, *_ = np.linalg.lstsq(matrix, self.value, rcond=None)
+        return float(((self.value - matrix @ solution) ** 2).sum())
+
+
+def _effects(model: _Model, better: str) -> pd.DataFrame:
+    made = []
+    for term in model.everything:
+        if reason := model.left_out.get(term):
+            made.append({"effect": _name(term), "verdict": NOT_ESTIMABLE, "reason": reason})
+            continue
+        for places in product(*(range(1, len(model.levels[name])) for name in term)):
+            value, variance = model.contrast(term, places)
+            row = {"effect": _name(term), "levels": _levels(model, term, places),
+                   "difference": value, "verdict": NOT_RESOLVED}  # fmt: skip
+            if model.mean_square is None:
+                row["reason"] = "1 seed" if model.num_seeds < 2 else "no run left to tell the noise"
+            else:
+                error = np.sqrt(variance * model.mean_square)
+                p, half, least = statistics.student_test(value, error, model.freedom)
+                row |= {"low": value - half, "high": value + half, "p": float(p),
+                        "detectable": float(least)}  # fmt: skip
+            made.append(row)
+    rows = pd.DataFrame(made, columns=_EFFECT_COLUMNS)
+    numbers = ["difference", "low", "high", "p", "p_holm", "detectable"]
+    rows = rows.astype(dict.fromkeys(numbers, "float64"))
+    tested = rows["p"].notna().to_numpy()
+    rows.loc[tested, "p_holm"] = statistics.holm(rows.loc[tested, "p"])
+    is_resolved = rows["p_holm"] < 1 - statistics.LEVEL
+    is_better = (rows["difference"] < 0) == (better == "lower")
+    rows.loc[is_resolved, "verdict"] = np.where(is_better[is_resolved], "better", "worse")
+    return rows
+
+
+def _variance(model: _Model) -> pd.DataFrame:
+    """Of each effect what the model without it explains less (type III)."""
+    made = []
+    for term in model.terms:
+        freedom = model.parts[term].shape[1]
+        total = max(0.0, model.without(term) - model.residual)
+        row = {"effect": _name(term), "freedom": freedom, "sum_of_squares": total,
+               "mean_square": total / freedom}  # fmt: skip
+        if model.mean_square:
+            row["F"] = total / freedom / model.mean_square
+            row["p"] = float(fdtrc(freedom, model.freedom, row["F"]))
+        made.append(row)
+    made.append({"effect": "residual", "freedom": model.freedom, "sum_of_squares": model.residual,
+                 "mean_square": model.mean_square})  # fmt: skip
+    rows = pd.DataFrame(made, columns=_VARIANCE_COLUMNS)
+    return rows.astype(dict.fromkeys(["mean_square", "F", "p"], "float64"))
+
+
+def _sum_to_zero(count: int) -> np.ndarray:
+    """A row a level; the last is minus all others."""
+    return np.vstack([np.eye(count - 1), -np.ones(count - 1)])
+
+
+def _products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return (left[:, :, None] * right[:, None, :]).reshape(len(left), -1)
+
+
+def _rank(*parts: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(np.hstack(parts)))
+
+
+def _name(term: tuple[str, ...]) -> str:
+    return " x ".join(term)
+
+
+def _levels(model: _Model, term: tuple[str, ...], places: tuple[int, ...]) -> str:
+    return ", ".join(
+        f"{name}={model.levels[name][place]} beside {model.levels[name][0]}"
+        for name, place in zip(term, places, strict=True)
+    )
