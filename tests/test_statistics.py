@@ -384,6 +384,16 @@ def test_margin_is_the_noise_of_the_node_that_the_records_themselves_hold(noise,
     assert found.loc[64, "margin"] == 0.02
 
 
+def test_margin_is_of_pairs_of_one_cell_however_far_apart_cells_are():
+    records = [
+        timed(backend, value + 0.001 * round, round, family=family, order=round)
+        for family, value in (("mqa", 10), ("hawk", 20), ("griffin", 40))
+        for backend in ("jax", "torch")
+        for round in range(6)
+    ]
+    assert set(comparisons.comparisons(frame_of(records))["margin"]) == {0.005}
+
+
 def test_a_slow_down_of_one_percent_is_seen_on_a_quiet_machine():
     assert compare_backends(timed_block(12, 0.001, ours=1.01))["verdict"] == "slower"
     assert compare_backends(timed_block(12, 0.006, ours=1.005))["verdict"] == "equivalent"
