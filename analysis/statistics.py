@@ -111,10 +111,12 @@ def bootstrap_interval(
     counts = tuple(tuple(len(repeats) for repeats in side) for side in (ours, baseline))
     rounds, places = _resamples(counts)
     medians, drawn = [], []
-    for side, (low, high) in zip((ours, baseline), places, strict=True):
+    for side, count, (low, high) in zip((ours, baseline), counts, places, strict=True):
         flat = np.concatenate([np.sort(repeats) for repeats in side])
         drawn.append(np.log(flat[low] if high is None else (flat[low] + flat[high]) / 2))
-        medians.append(np.log([np.median(repeats) for repeats in side]))
+        m = np.asarray(count)
+        start = np.cumsum(m) - m
+        medians.append(np.log((flat[start + (m - 1) // 2] + flat[start + m // 2]) / 2))
     effect = medians[0] - medians[1]
     within = drawn[0] - drawn[1] - effect[rounds]
     total, share = effect.var(ddof=1), (within**2).mean()
