@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from stub_suite import stub_run
 
+from analysis import statistics
 from suites import commands, compose, jobs, watching
 from suites.harness import plan, provenance, reconcile, rounds, submission, sweep, worker
 from suites.harness.cluster import Cluster
@@ -19,7 +20,8 @@ from suites.harness.record import read_all, write
 from suites.harness.rounds import Point
 from suites.harness.sweep import Stop
 
-pytestmark = pytest.mark.usefixtures("_without_fsync")
+pytestmark = pytest.mark.usefixtures("_without_fsync", "_looks")
+FIRST_LOOK = statistics.FIRST_LOOK
 HERE = Cluster(name="here", executor="local")
 FACTS = {"versions": provenance.versions(), "device_name": provenance.cpu_model()}
 
@@ -28,6 +30,13 @@ FACTS = {"versions": provenance.versions(), "device_name": provenance.cpu_model(
 def _without_fsync(monkeypatch):
     """Hundreds of records: what a power cut would leave of them is asked elsewhere."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def _looks(monkeypatch):
+    """When intervals are looked at is asked of statistics: here after 8, 12, 16, ... rounds."""
+    monkeypatch.setattr(statistics, "FIRST_LOOK", 8)
+    monkeypatch.setattr(statistics, "LOOK_EVERY", 4)
 
 
 class Instant:
@@ -332,8 +341,9 @@ def test_no_record_is_made_of_what_was_not_needed(stub, monkeypatch):
     assert len(list(read_all(stub))) == 24
 
 
-def test_a_submission_on_this_machine_ends_with_its_block(stub, capsys):
+def test_a_submission_on_this_machine_ends_with_its_block(stub, capsys, monkeypatch):
     """In processes of their own, from submit to wait; the stub takes 1 ms in each round."""
+    monkeypatch.setattr(statistics, "FIRST_LOOK", FIRST_LOOK)  # as in other processes
     items = planned(stub, sides=("jax",))
     here = replace(HERE, view_s=0.1)
     bill = jobs._bill(stub, commands.todo(items), items, [here], reconcile.reconcile(stub))
@@ -341,7 +351,8 @@ def test_a_submission_on_this_machine_ends_with_its_block(stub, capsys):
     capsys.readouterr()
     assert watching.wait(stub, [], timeout_s=100, every_s=0.2, as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {"is_over_time": False, "outcomes": {"completed": 8, "not_needed": 12}}
+    counts = {"completed": FIRST_LOOK, "not_needed": 20 - FIRST_LOOK}
+    assert told == {"is_over_time": False, "outcomes": counts}
     assert left(planned(stub, sides=("jax",))) == []
 
 

@@ -79,11 +79,10 @@ def settle(store: Path, planned: list[Planned], until: Mapping[str, float]) -> l
     changed = {}
     for unit in _blocks(item for item in planned if item.run.suite in until):
         bound = until[unit[0].run.suite]
-        points = {item.run.run_id: _counted(store, item.run.run_id) for item in unit}
-        points = {run_id: point for run_id, point in points.items() if point is not None}
+        points = _all_counted(store, (item.run.run_id for item in unit))
         has_grown = _has_grown(unit, points)
         was_interrupted = any(item.reason == plan.WITH_ITS_BLOCK for item in unit)
-        needless = {} if has_grown or was_interrupted else _needless(unit, points, bound)
+        needless = {} if has_grown or was_interrupted else _judged(unit, points, bound)[0]
         is_stale = any(item.is_stale for item in unit if item.run.run_id not in needless)
         for item in unit:
             run_id = item.run.run_id
@@ -129,8 +128,7 @@ def not_needed(store: Path, items: Iterable[Planned]) -> dict[str, str]:
     for unit in _blocks(item for item in items if item.until_ci is not None):
         ids = {item.run.run_id for item in unit}
         earlier = dict.fromkeys(run_id for item in unit for run_id in item.measured)
-        before = {run_id: _counted(store, run_id) for run_id in earlier if run_id not in ids}
-        before = {run_id: point for run_id, point in before.items() if point is not None}
+        before = _all_counted(store, earlier.keys() - ids)
         sweeps: dict[str, dict[str, Point]] = {}
         for item in unit:
             for attempt, point in _points(store, item.run.run_id).items():
@@ -138,7 +136,7 @@ def not_needed(store: Path, items: Iterable[Planned]) -> dict[str, str]:
                     sweeps.setdefault(point.sweep, {})[item.run.run_id] = point
         bound = min(item.until_ci for item in unit)
         for points in sweeps.values():
-            found |= _needless(unit, before | points, bound)
+            found |= _judged(unit, before | points, bound)[0]
     return found
 
 
@@ -146,12 +144,11 @@ def num_unsettled(store: Path, planned: Iterable[Planned]) -> int:
     """Adaptive blocks of which all rounds were measured, and were too few."""
     found = 0
     for unit in _blocks(item for item in planned if item.until_ci is not None):
-        points = {item.run.run_id: _counted(store, item.run.run_id) for item in unit}
-        has_ended = all(points[item.run.run_id] or item.is_needless for item in unit)
-        measured = [point for point in points.values() if point is not None]
-        lost = {point.cell for point in measured if point.outcome in LOST}
-        rest = [point for point in measured if point.cell not in lost]
-        found += has_ended and bool(rest) and _end(rest, unit[0].until_ci) is None
+        points = _all_counted(store, (item.run.run_id for item in unit))
+        needless, end = _judged(unit, points, unit[0].until_ci)
+        has_ended = all(item.run.run_id in points.keys() | needless.keys() for item in unit)
+        is_lost = all(point.outcome in LOST for point in points.values())
+        found += has_ended and end is None and not is_lost
     return found
 
 
@@ -173,10 +170,12 @@ def _blocks(items: Iterable[Planned]) -> list[list[Planned]]:
     return list(found.values())
 
 
-def _needless(unit: Sequence[Planned], points: Mapping[str, Point], until: float) -> dict[str, str]:
-    """Why runs of a block are not needed, by run_id. `points` is what was measured of it, by
-    run_id: of runs that are not in the unit, too. Rounds are looked at in order, as far as all runs
-    of them have ended."""
+def _judged(
+    unit: Sequence[Planned], points: Mapping[str, Point], until: float
+) -> tuple[dict[str, str], str | None]:
+    """Why runs of a block are not needed, by run_id; and why it ends, if it does. `points` is what
+    was measured of it, by run_id: of runs that are not in the unit, too. Rounds are looked at in
+    order, as far as all runs of them have ended."""
     found: dict[str, str] = {}
     lost: dict[str, str] = {}  # variant -> why
     seen: list[Point] = []
@@ -196,7 +195,7 @@ def _needless(unit: Sequence[Planned], points: Mapping[str, Point], until: float
         is_whole = is_whole and members.keys() <= points.keys() | found.keys()
         if is_whole:
             end = _end([point for point in seen if point.cell not in lost], until)
-    return found
+    return found, end
 
 
 def _end(points: Collection[Point], until: float) -> str | None:
@@ -239,10 +238,13 @@ def _is_narrow(ours: dict[tuple, float], baseline: dict[tuple, float], until: fl
     return bool(both) and statistics.is_settled(*pair, until)
 
 
-def _counted(store: Path, run_id: str) -> Point | None:
-    """Of the last attempt that is a result, else of the last."""
-    points = list(_points(store, run_id).values())
-    return next((p for p in reversed(points) if p.is_finished), points[-1] if points else None)
+def _all_counted(store: Path, run_ids: Iterable[str]) -> dict[str, Point]:
+    """Of each run that was measured the last attempt that is a result, else the last."""
+    found = {}
+    for run_id in run_ids:
+        if points := list(_points(store, run_id).values()):
+            found[run_id] = next((p for p in reversed(points) if p.is_finished), points[-1])
+    return found
 
 
 def _points(store: Path, run_id: str) -> dict[str, Point]:
