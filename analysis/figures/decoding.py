@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import checks, derive, statistics, style, vocabulary
+from analysis import checks, derive, load, statistics, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -137,7 +137,7 @@ def _batches(rows: pd.DataFrame) -> str:
 def _best_over_mqa(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Throughput at each family's own best batch over that of MQA at its own, paired by round."""
     processes = derive.processes(frame)
-    processes = processes[processes["metric"] == "tokens_per_s"]
+    processes = load.words(processes[processes["metric"] == "tokens_per_s"])
     shared = ["seed", "round", "block", "node", "device_name"]
     of_mqa = {}
     for row in rows[rows["family"] == "mqa"].to_dict("records"):

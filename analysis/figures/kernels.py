@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import checks, comparisons, derive, style, vocabulary
+from analysis import checks, comparisons, derive, load, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS, PASSES
 
@@ -161,7 +161,7 @@ def _by_line(part: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
 
 def _roof(axes: Axes, frame: pd.DataFrame, device: str, dtype: str, part: pd.DataFrame) -> str:
     """Draws what the peaks allow, with their range over runs, and returns whose peaks they are."""
-    peaks = derive.peaks(frame)
+    peaks = load.words(derive.peaks(frame))
     peaks = peaks[(peaks["device_name"] == device) & (peaks["dtype"] == dtype)]
     found = peaks.groupby("metric").agg(
         {"median": "median", "min": "min", "max": "max", "field": "first"}

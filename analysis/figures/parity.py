@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import checks, style, vocabulary
+from analysis import checks, load, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -83,7 +83,7 @@ def training_parity(frame: pd.DataFrame) -> Figure | None:
     their distance from the float64 training grows as rounding alone lets it grow (grey: the same
     training, disturbed by float32's rounding and by nothing else)."""
     rows = frame[(frame["suite"] == "parity") & (frame["metric"] == "train_loss")]
-    rows = rows[rows["levels"] == "L5"]
+    rows = load.words(rows[rows["levels"] == "L5"])
     if rows.empty:
         return None
     rows = rows.assign(curve=rows["field"].where(rows["field"].notna(), rows["backend"]))
@@ -127,7 +127,7 @@ def _errors(frame: pd.DataFrame) -> pd.DataFrame:
     if errors.empty:
         return errors
     is_counted = errors["is_counted"].fillna(False).astype(bool)
-    return errors[(errors["size"] == checks.PARITY_SIZE) & is_counted].copy()
+    return load.words(errors[(errors["size"] == checks.PARITY_SIZE) & is_counted])
 
 
 def _worst(errors: pd.DataFrame, key: list[str]) -> pd.DataFrame:

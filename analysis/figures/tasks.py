@@ -3,9 +3,8 @@
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.special import ndtri
 
-from analysis import derive, statistics, style
+from analysis import derive, load, statistics, style
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -35,26 +34,19 @@ def _accuracy(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     than what the seeds say."""
     rows = drawing.summary(frame, SUITE, metric, at=True)
     counts = derive.processes(frame)
-    counts = counts[counts["metric"] == "num_examples"]
+    counts = load.words(counts[counts["metric"] == "num_examples"])
     by_place = counts[counts["at"].notna()].groupby(["cell_id", "at"])["value"].sum()
     of_all = counts[counts["at"].isna()].groupby("cell_id")["value"].sum()
     for place, row in rows.iterrows():
         n = by_place.get((row["cell_id"], row["at"]), of_all.get(row["cell_id"], 0))
         ends = [(row["low"], row["high"])]
         if n:
-            ends.append(_wilson(round(row["value"] * n), int(n)))
+            ends.append(statistics.accuracy_interval(round(row["value"] * n), int(n)))
         known = [end for end in ends if not pd.isna(end[0])]
         if known:
             rows.loc[place, "low"] = max(0.0, min(low for low, _ in known))
             rows.loc[place, "high"] = min(1.0, max(high for _, high in known))
     return rows
-
-
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    z2 = float(ndtri(0.5 + statistics.LEVEL / 2)) ** 2
-    share = successes / n
-    half = (z2 * share * (1 - share) / n + (z2 / n / 2) ** 2) ** 0.5
-    return tuple((share + z2 / n / 2 + end * half) / (1 + z2 / n) for end in (-1, 1))
 
 
 def _mark_training_length(axes: Axes, part: pd.DataFrame) -> None:
