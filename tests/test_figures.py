@@ -298,6 +298,26 @@ def test_the_frontier_says_what_was_tried_and_what_predicted():
     assert (marks["o"], marks["x"]) == (512, 1024)
 
 
+def test_power_laws_reach_as_far_as_they_were_fitted_and_have_bands_over_seeds():
+    widths = (64, 128, 256, 512)
+    records = [synthetic.scaled(family, "jax", seed, width)
+               for family in FAMILIES for seed in (0, 1) for width in widths]  # fmt: skip
+    figure = drawn("scaling", frame_of(records))
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
+    over_flops, over_params = figure.axes
+    for axes in (over_flops, over_params):
+        points = [line for line in axes.get_lines() if line.get_marker() == "o"]
+        laws = [line for line in axes.get_lines() if len(line.get_xdata()) == 100]
+        assert len(points) == len(laws) == len(axes.collections) - len(points) == len(FAMILIES)
+        for law in laws:
+            (mine,) = (line for line in points if line.get_color() == law.get_color())
+            assert law.get_xdata()[[0, -1]] == pytest.approx(mine.get_xdata()[[0, -1]])
+    words = " ".join(figure.get_supxlabel().split())
+    assert "Exponents over parameters: MQA-Transformer, JAX -0.1" in words
+    one = frame_of([synthetic.scaled("mqa", "jax", 0, width) for width in widths[:3]])
+    assert not drawn("scaling", one).axes[0].collections  # one seed: neither bars nor a band
+
+
 def test_errors_by_layer_are_shares_of_their_tolerance_over_depth(frame):
     figure = drawn("parity_by_layer", frame)
     assert [axes.get_title("left") for axes in figure.axes] == ["L4/activations", "L4/grad"]

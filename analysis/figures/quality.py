@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import derive, style
+from analysis import derive, power_law, style
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -53,22 +53,22 @@ def loss_by_position(frame: pd.DataFrame) -> Figure | None:
 
 def scaling(frame: pd.DataFrame) -> Figure | None:
     """Held-out loss over training FLOPs and over parameters without embeddings, both logarithmic;
-    lines are power laws, fitted from three points on."""
+    lines are power laws, as far as they were fitted, with bands over seeds."""
     rows = drawing.summary(frame, SUITE, "loss")
     flops = derive.runs(frame).drop_duplicates("cell_id").set_index("cell_id")
     tokens = [rows[name].astype(float) for name in ("batch_size", "seq_len", "num_steps")]
     per_token = rows["cell_id"].map(flops["train_flops_per_token"])
-    rows["flops"] = per_token.astype(float) * tokens[0] * tokens[1] * tokens[2]
-    rows["params"] = rows["num_params_non_embedding"].astype(float)
+    rows["train_flops"] = per_token.astype(float) * tokens[0] * tokens[1] * tokens[2]
+    rows["num_params_non_embedding"] = rows["num_params_non_embedding"].astype(float)
     keys = ["dtype", "device_kind", "data"]
-    rows = rows[rows["flops"].notna()]
-    lines = rows.groupby([*keys, *drawing.LINE], dropna=False)["flops"]
+    rows = rows[rows["train_flops"].notna()]
+    lines = rows.groupby([*keys, *drawing.LINE], dropna=False)["train_flops"]
     if rows.empty or lines.nunique().max() < 2:
         return None
     panels, notes = drawing.panels_of(rows, keys, (), 1)
     (key, part), *_ = panels
     figure, grid = drawing.panel_grid(2)
-    for axes, x in zip(grid, ("flops", "params"), strict=True):
+    for axes, x in zip(grid, power_law.AGAINST, strict=True):
         for (family, backend, variant), line in sorted(
             part.groupby(drawing.LINE), key=lambda item: drawing.order(item[0])
         ):
@@ -80,6 +80,7 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
                                     for c in (x, "value", "low", "high"))  # fmt: skip
             axes.plot(at, value, **look, label=name)
             drawing.draw_intervals(axes, at, value, low, high, look)
+        notes += _draw_laws(axes, frame, x, dict(zip(keys, key, strict=True)))
         drawing.log_values(axes.xaxis)
     notes += drawing.keep_in_sight(grid[0], part)
     drawing.log_values(grid[0].yaxis)
@@ -91,6 +92,29 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
     drawing.legend(figure, grid[:1])
     drawing.note(figure, notes, part)
     return figure
+
+
+def _draw_laws(axes: Axes, frame: pd.DataFrame, x: str, panel: dict) -> list[str]:
+    """The fits of one panel, between the sizes they were fitted to; returns their exponents."""
+    words, spans = [], []
+    laws = sorted(power_law.fits(frame, x), key=lambda item: drawing.order(
+        (item[0]["family"], item[0]["backend"])))  # fmt: skip
+    for key, law in laws:
+        if any(key[name] != value for name, value in panel.items()):
+            continue
+        look = style.line(key["family"], key["backend"])
+        at = np.geomspace(law.least, law.most, 100)
+        axes.plot(at, law.loss(at), color=look["color"], linestyle=look["linestyle"], linewidth=1)
+        if (band := law.band(at)) is not None:
+            axes.fill_between(at, *band, color=look["color"], alpha=0.15, linewidth=0)
+        interval = f" [{-law.interval[1]:.3f}, {-law.interval[0]:.3f}]" if law.interval else ""
+        name = drawing.name_of(key["family"], key["backend"])
+        words.append(f"{name} {-law.exponent:.3f}{interval}")
+        spans.append(law.span_decades)
+    if not words:
+        return []
+    return [f"Exponents over {power_law.AGAINST[x]}: {'; '.join(words)}; they span "
+            f"{max(spans):.1f} decades and say nothing beyond."]  # fmt: skip
 
 
 def window_sizes(frame: pd.DataFrame) -> Figure | None:
