@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import noise, statistics
+from analysis import noise, settings, statistics
 from analysis.derive import outcomes, processes, shown, summary
 from analysis.remember import remembered
 from analysis.vocabulary import HEADLINES, QUALITIES, TIMES, plain
 from suites.harness.record import METRICS
 
-BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential"}
-MATCHES = {"backend": "across_backends", "family": "across_families",
-           "linear_scan": "across_scans"}  # fmt: skip
 KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
 OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
 _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
@@ -24,7 +21,7 @@ _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op",
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
          "num_outliers", "flags", "linear_scan")  # fmt: skip
-_PAIR_COLUMNS = [*_SETTINGS, "metric", "at", "unit",
+_PAIR_COLUMNS = ["by", "ours", "baseline", *_SETTINGS, "metric", "at", "unit",
                  *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
                  "speedup", "speedup_low", "speedup_high", "margin", "difference",
                  "difference_low", "difference_high", "p", "detectable", "num_paired_rounds",
@@ -36,49 +33,111 @@ _PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "margin", "difference
 
 
 def comparisons(
-    frame: pd.DataFrame, by: str = "backend", ours: str = "jax", baseline: str | None = None
+    frame: pd.DataFrame,
+    by: str = "backend",
+    ours: str = "jax",
+    baseline: str | None = None,
+    metrics: tuple[str, ...] = (),
 ) -> pd.DataFrame:
     """One row for each matched pair of cells and metric: both values, speedup, verdict, parity.
 
-    `by` is "backend", "family" or "linear_scan" (what it resolved to): the one setting in which
-    the two cells differ. A cell that has no completed run, or no partner, keeps its row: its value
-    is null and its outcome says why.
+    `by` names the one setting in which the two cells differ, e.g. "backend", "family",
+    "linear_scan" (what it resolved to) or "model.window_size". A cell that has no completed run,
+    or no partner, keeps its row: its value is null and its outcome says why. `metrics` are those
+    that are wanted; without, the headlines of each suite.
     """
-    return _comparisons(frame, by, ours, baseline or BASELINE[by])
+    if baseline is None:
+        others = (value for value in settings.values_of(frame, by) if value != ours)
+        baseline = settings.baseline_of(by, others)
+    return _comparisons(frame, by, ours, baseline, metrics)
 
 
 @remembered
-def _comparisons(frame: pd.DataFrame, by: str, ours: str, baseline: str) -> pd.DataFrame:
+def pairs(
+    frame: pd.DataFrame, by: str, ours: str, baseline: str
+) -> list[tuple[dict | None, dict | None]]:
+    """Cells of `ours` beside cells of `baseline` that differ in nothing else. A cell without a
+    partner stands alone: of a backend or a family any, else one of a suite and family in which
+    both sides were asked for."""
+    groups, asked = _grouped(frame, by)
+    made: list[tuple[dict | None, dict | None]] = []
+    for group in groups:
+        lefts = [cell for cell in group if cell["side"] == ours]
+        rights = [cell for cell in group if cell["side"] == baseline]
+        taken = set()
+        for left in lefts:
+            partners = _of_its_kernels(left, rights) if by == "backend" else rights
+            taken |= {right["cell_id"] for right in partners}
+            made += [(left, right) for right in partners] or [(left, None)]
+        made += [(None, right) for right in rights if right["cell_id"] not in taken]
+    if by in ("backend", "family"):
+        return made
+    return [
+        (left, right)
+        for left, right in made
+        if (left and right)
+        or asked[(left or right)["suite"], (left or right)["family"]] >= {ours, baseline}
+    ]
+
+
+@remembered
+def _grouped(frame: pd.DataFrame, by: str) -> tuple[list[list[dict]], dict[tuple, set[str]]]:
+    """Cells that share all but one setting, each with its value of that and with what else tells
+    it apart; and the values that were asked for in each suite and family."""
+    table = settings.asked(frame)
+    groups = settings.shared(table, by).to_dict()
+    sides = table[by].to_dict()
+    variants = settings.variants(table, by).to_dict()
+    grouped: dict[int, list[dict]] = {}
+    asked: dict[tuple, set[str]] = {}
+    for cell in outcomes(frame).to_dict("records"):
+        if (name := cell["cell_id"]) in groups:
+            cell |= {"side": sides[name], "variant": variants[name]}
+            grouped.setdefault(groups[name], []).append(cell)
+            asked.setdefault((cell["suite"], cell["family"]), set()).add(sides[name])
+    return list(grouped.values()), asked
+
+
+@remembered
+def _facts_of(frame: pd.DataFrame, wanted: tuple[str, ...]) -> dict[str, dict[tuple, dict]]:
+    """Cell to (metric, at) to its row of the summary."""
     cells = summary(frame)
-    cells = cells[shown(cells)]
+    cells = cells[is_wanted(cells, wanted)]
     odd = noise.flags(frame)
     places = zip(cells["cell_id"], cells["metric"], cells["at"].fillna(-1), strict=True)
     cells = cells.assign(flags=[odd.get(place, "") for place in places])
-    pairs = _pairs(frame, by, ours, baseline)
-    evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in pairs])
-    facts = {}
-    metrics: dict[str, list[tuple[str, Any]]] = {}
+    made: dict[str, dict[tuple, dict]] = {}
     for row in cells.to_dict("records"):
-        point = (row["metric"], plain(row["at"]))
-        facts[row["cell_id"], *point] = row
-        metrics.setdefault(row["cell_id"], []).append(point)
+        made.setdefault(row["cell_id"], {})[row["metric"], plain(row["at"])] = row
+    return made
+
+
+@remembered
+def _comparisons(
+    frame: pd.DataFrame, by: str, ours: str, baseline: str, wanted: tuple[str, ...]
+) -> pd.DataFrame:
+    found = pairs(frame, by, ours, baseline)
+    evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in found], wanted)
+    facts = _facts_of(frame, wanted)
     made = []
-    for left, right in pairs:
-        one = left or right
-        wanted = [*metrics.get(_id(left), ()), *metrics.get(_id(right), ())]
-        if not wanted:
-            wanted = [(name, None) for name in HEADLINES.get(one["suite"], ())[:1]]
-        for metric, at in dict.fromkeys(wanted):
-            a, b = facts.get((_id(left), metric, at)), facts.get((_id(right), metric, at))
+    for left, right in found:
+        ours_facts, baseline_facts = (facts.get(_id(side), {}) for side in (left, right))
+        points = [*ours_facts, *baseline_facts]
+        if not points:
+            first = HEADLINES.get((left or right)["suite"], ())[:1]
+            points = [(name, None) for name in first if not wanted or name in wanted]
+        for metric, at in dict.fromkeys(points):
+            a, b = ours_facts.get((metric, at)), baseline_facts.get((metric, at))
             rounds = evidence.get((_id(left), _id(right), metric, at))
+            row = {"by": by, "ours": ours, "baseline": baseline}
             compare = _differ if metric in QUALITIES else _compare
-            found = compare(rounds, a, b, METRICS[metric].better)
-            row = _pair_row(left, right, a, b, metric, at, found)
+            compared = compare(rounds, a, b, METRICS[metric].better)
+            row |= _pair_row(left, right, a, b, metric, at, compared)
             if by == "backend" and left and right and left["variant"] != right["variant"]:
                 row["variant"] = f"{left['variant']} beside {right['variant']}"
             made.append(row)
-    found = pd.DataFrame(made, columns=_PAIR_COLUMNS)
-    return found.astype({name: "float64" for name in _PAIR_NUMBERS})
+    rows = pd.DataFrame(made, columns=_PAIR_COLUMNS)
+    return rows.astype({name: "float64" for name in _PAIR_NUMBERS})
 
 
 def _pair_row(
@@ -121,13 +180,20 @@ def _pair_row(
     }
 
 
-def _evidence(frame: pd.DataFrame, pairs: list[tuple]) -> dict[tuple, dict[str, np.ndarray]]:
+def is_wanted(rows: pd.DataFrame, metrics: tuple[str, ...]) -> pd.Series:
+    return rows["metric"].isin(metrics) if metrics else shown(rows)
+
+
+def _evidence(
+    frame: pd.DataFrame, pairs: list[tuple], wanted: tuple[str, ...]
+) -> dict[tuple, dict[str, np.ndarray]]:
     """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
     sides, whether the two processes shared a block, a node and a device, and how noisy that is.
     From 20 rounds on the repeats of both too."""
     rows = processes(frame)
-    rows = rows.loc[shown(rows), ["cell_id", "run_id", "metric", "at", "seed", "round", "value",
-                                   "block", "node", "device_name"]]  # fmt: skip
+    names = ["cell_id", "run_id", "metric", "at", "seed", "round", "value", "block", "node",
+             "device_name"]  # fmt: skip
+    rows = rows.loc[is_wanted(rows, wanted), names]
     rows["at"] = rows["at"].fillna(-1)
     ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
     ids = ids.drop_duplicates().astype(object)
@@ -231,29 +297,6 @@ def _differ(
         for side in ("ours", "baseline")
     ]
     return statistics.difference(*means, better=better)
-
-
-def _pairs(
-    frame: pd.DataFrame, by: str, ours: str, baseline: str
-) -> list[tuple[dict | None, dict | None]]:
-    """Cells of `ours` beside cells of `baseline` that differ in nothing else; a cell without a
-    partner stands alone."""
-    match = MATCHES[by]
-    groups: dict[str, list[dict]] = {}
-    for cell in outcomes(frame).to_dict("records"):
-        if cell["suite"] != "parity":
-            groups.setdefault(cell[match], []).append(cell)
-    made: list[tuple[dict | None, dict | None]] = []
-    for group in groups.values():
-        lefts = [cell for cell in group if cell[by] == ours]
-        rights = [cell for cell in group if cell[by] == baseline]
-        taken = set()
-        for left in lefts:
-            partners = _of_its_kernels(left, rights) if by == "backend" else rights
-            taken |= {right["cell_id"] for right in partners}
-            made += [(left, right) for right in partners] or [(left, None)]
-        made += [(None, right) for right in rights if right["cell_id"] not in taken]
-    return made
 
 
 def _of_its_kernels(cell: dict, others: list[dict]) -> list[dict]:

@@ -84,8 +84,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     settings = ["suite", "family", "size", "backend", "dtype", "device_kind", "device_name",
                 "linear_scan", "op", "work_phase", "seq_len", "batch_size", "prompt_len",
                 "num_new_tokens", "num_steps", "num_devices", "data", "model", "unit", "field",
-                "across_backends", "across_families", "num_params",
-                "num_params_non_embedding"]  # fmt: skip
+                "num_params", "num_params_non_embedding"]  # fmt: skip
     key = ["cell_id", "metric", "at"]
     numbers = _Groups(rows, key)
     value = rows["value"].to_numpy()

@@ -22,8 +22,6 @@ from suites.harness.record import Record
 
 FRAME_SCHEMA = 8  # raise it when columns change: older indexes are then rebuilt
 
-# Fields of ModelConfig that make a family what it is; two families may differ in these alone.
-FAMILY_FIELDS = ("family", "pattern", "window_size")
 # Fields of ModelConfig in which a speed and the parity that verifies it may differ; the others are
 # architecture, which parity is about. So is head_dim, a size too: a kernel is compiled for it.
 SIZE_FIELDS = ("size", "d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "num_gate_blocks",
@@ -41,15 +39,14 @@ RECORD_COLUMNS = {
     "work_phase": "str", "op": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
     "num_new_tokens": "int", "num_steps": "int", "num_devices": "few", "levels": "str",
     "model": "str", "kernels": "str", "optimizer": "str",
-    # digests of settings: equal between the runs that may be compared
-    "across_backends": "str", "across_families": "str", "across_scans": "str",
-    "architecture": "str",
+    "settings": "str",  # all of them, but seed and round, as JSON: one text a cell
+    "architecture": "str",  # what parity must share with a speed that it verifies
     # on what
     "linear_scan": "str", "attention": "str", "layers": "str", "program": "str",
     "device_name": "str", "build_device": "str", "node": "str", "job": "str",
     "cpu_model": "str", "num_cores": "few", "num_threads": "few", "memory_bytes": "int",
     "platform": "str", "python": "str", "versions": "str", "git_commit": "str",
-    "data_digest": "str", "init_digest": "str", "num_segments": "few",
+    "data_digest": "str", "init_digest": "str", "num_segments": "few", "load_average": "float",
     # what it must cost
     "num_params": "int", "num_params_non_embedding": "int", "train_flops_per_token": "float",
     "cache_bytes_predicted": "float", "predicted_peak_memory_bytes": "float",
@@ -193,6 +190,7 @@ def _row(record: Record) -> dict[str, Any]:
             **{name: resolved.get(name) for name in RESOLVED},
             "node": seen.get("host"),
             "num_segments": len(seen["segments"]) if seen.get("segments") else None,
+            "load_average": (seen.get("load_average") or [None])[0],  # as the run began
             "versions": _words(seen.get("versions")),
             "cache_bytes_predicted": costs.get("cache_bytes"),
         }
@@ -200,21 +198,14 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _digests(run: dict[str, Any]) -> dict[str, str]:
-    """What two runs must share to be compared across backends, families and variants of the scan,
-    and for parity."""
+    """Of a cell: its settings, and what its parity must share with it."""
     model = run["model"]
-    rest = {k: v for k, v in run.items() if k not in ("seed", "round")}
-    same_model = {k: v for k, v in model.items() if k not in FAMILY_FIELDS}
     shape = {k: v for k, v in model.items() if k not in (*SIZE_FIELDS, "family")}
     shape["is_local"] = model.get("window_size") is not None
     heads = model.get("num_kv_heads", 1)
     shape["num_kv_heads"] = "all" if heads == model["num_heads"] else heads
-    without = {k: v for k, v in rest.items() if k not in ("backend", "kernels")}
-    other = {k: v for k, v in run["kernels"].items() if k != "linear_scan"}
     return {
-        "across_backends": _digest(without),
-        "across_scans": _digest(rest | {"kernels": other}),
-        "across_families": _digest(rest | {"model": same_model}),
+        "settings": _json({k: v for k, v in run.items() if k not in ("seed", "round")}),
         "architecture": _digest(shape),
     }
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import derive, vocabulary
+from analysis import derive, settings, vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
             ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")]  # fmt: skip
     batch, seq, prompt, new, steps = work
     rows["num_tokens"] = batch * (seq + prompt + new) * steps.clip(lower=1)
+    table = settings.asked(frame)
     made = []
-    for by, held, match, same in (
-        ("backend", "family", "across_backends", MATCHED_ACROSS_BACKENDS),
-        ("family", "backend", "across_families", MATCHED_ACROSS_FAMILIES),
+    for by, held, same in (
+        ("backend", "family", MATCHED_ACROSS_BACKENDS),
+        ("family", "backend", MATCHED_ACROSS_FAMILIES),
     ):
+        rows["match"] = rows["cell_id"].map(settings.shared(table, by))
         for (suite, size, who), group in rows.groupby(["suite", "size", held], sort=False):
-            made.append(_match(group, by, match, same, suite, size, who))
+            made.append(_match(group, by, same, suite, size, who))
     families = [*vocabulary.FAMILIES, *sorted(set(rows["family"]) - set(vocabulary.FAMILIES))]
 
     def place(match: Match) -> tuple:
@@ -50,11 +52,11 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
 
 
 def _match(
-    group: pd.DataFrame, by: str, match: str, same: tuple[str, ...], suite: str, size: str, who: str
+    group: pd.DataFrame, by: str, same: tuple[str, ...], suite: str, size: str, who: str
 ) -> Match:
     names = sorted(group[by].unique(), key=vocabulary.family_order)
     differs, unknown, compared = [], [], False
-    points = group.groupby([match, "seed", "round"], sort=False)
+    points = group.groupby(["match", "seed", "round"], sort=False)
     together = points[by].transform("nunique") > 1
     compared = bool(together.any())
     for fact in same:
@@ -63,7 +65,7 @@ def _match(
             continue
         if part[fact].isna().any():
             unknown.append(fact)
-        counts = part.groupby([match, "seed", "round"], sort=False)[fact].nunique()
+        counts = part.groupby(["match", "seed", "round"], sort=False)[fact].nunique()
         if (counts > 1).any():
             differs.append(fact)
     facts = {fact: _span(group[fact]) for fact in MATCHED_ACROSS_BACKENDS}

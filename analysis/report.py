@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from analysis import (
     checks,
-    comparisons,
     derive,
     figures,
     remember,
+    settings,
     statistics,
     style,
     tables,
@@ -46,20 +46,29 @@ def write_report(
     title: str,
     command: str,
     frame: pd.DataFrame | None = None,
+    defaults: Mapping[str, Iterable[str]] | None = None,
 ) -> Path:
     """Writes report.html, report.md, records.parquet, tables/*.csv and figures/*.png into `out`;
-    returns the path of report.html. `frame` replaces what analysis.load(store) gives."""
+    returns the path of report.html. `frame` replaces what analysis.load(store) gives; `defaults`
+    are the values that configs/ have: the baselines of ablations."""
     frame = load(Path(store)) if frame is None else frame
     with remember.remembering():
-        return _write(frame, Path(store), Path(out), title, command)
+        return _write(frame, Path(store), Path(out), title, command, defaults)
 
 
-def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str) -> Path:
+def _write(
+    frame: pd.DataFrame,
+    store: Path,
+    out: Path,
+    title: str,
+    command: str,
+    defaults: Mapping[str, Iterable[str]] | None,
+) -> Path:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "tables").mkdir(exist_ok=True)
     write_parquet(frame, out / "records.parquet")
 
-    beside = comparison_tables(frame)
+    beside = comparison_tables(frame, defaults=defaults)
     drawings = draw(frame, out)
     rest = {
         "parity": tables.parity(frame),
@@ -79,7 +88,11 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
         "question": QUESTION,
         "answer": answer(frame, beside),
         "caveats": caveats(frame),
-        "glances": [table for table in comparison_tables(frame, is_brief=True) if table.rows],
+        "glances": [
+            table
+            for table in comparison_tables(frame, is_brief=True, defaults=defaults)
+            if table.rows
+        ],
         "sections": [(table, list(_by_suite(table))) for table in beside if table.rows],
         "drawings": drawings,
         **rest,
@@ -94,24 +107,24 @@ def _write(frame: pd.DataFrame, store: Path, out: Path, title: str, command: str
     return path
 
 
-def comparison_tables(frame: pd.DataFrame, *, is_brief: bool = False) -> list[Table]:
-    """JAX beside PyTorch, each other family beside MQA, and of scans that are timed alone each
-    other variant beside the sequential one."""
-    pairs = [("backend", "jax")]
-    measured = set(frame.loc[frame["suite"] != "parity", "family"].dropna())
-    if "mqa" in measured:
-        families = sorted(measured - {"mqa"}, key=vocabulary.family_order)
-        pairs += [("family", family) for family in families]
-    made = [tables.side_by_side(frame, by, ours, is_brief=is_brief) for by, ours in pairs]
-    scans = frame[frame["suite"].isin(["kernel_speed", "parity"])]
-    cells = derive.outcomes(scans)
-    variants = cells.loc[cells["suite"] == "kernel_speed", "linear_scan"].dropna().unique()
-    if comparisons.BASELINE["linear_scan"] in variants:
-        others = sorted(set(variants) - {comparisons.BASELINE["linear_scan"]})
-        made += [
-            tables.side_by_side(scans, "linear_scan", name, is_brief=is_brief) for name in others
-        ]
-    return made
+def comparison_tables(
+    frame: pd.DataFrame,
+    *,
+    is_brief: bool = False,
+    defaults: Mapping[str, Iterable[str]] | None = None,
+) -> list[Table]:
+    """JAX beside PyTorch, each other family beside MQA, and of each setting of model, kernels or
+    optimizer that was varied every other value beside its baseline: that of `defaults`, if it was
+    measured."""
+    pairs = [("backend", "jax", "torch")]
+    families = settings.values_of(frame, "family")
+    if "mqa" in families:
+        pairs += [("family", family, "mqa") for family in families if family != "mqa"]
+    for by, values in settings.varying(frame).items():
+        if by in settings.RESOLVED or by.startswith(("model.", "kernels.", "optimizer.")):
+            baseline = settings.baseline_of(by, values, defaults)
+            pairs += [(by, value, baseline) for value in values if value != baseline]
+    return [tables.side_by_side(frame, *pair, is_brief=is_brief) for pair in pairs]
 
 
 def answer(frame: pd.DataFrame, beside: list[Table] | None = None) -> list[str]:
@@ -213,10 +226,9 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
     leader = None
     if len(bits):
         first = bits.iloc[0]
-        same = bits[
-            (bits["across_families"] == first["across_families"])
-            & (bits["family"] != first["family"])
-        ].drop_duplicates("family")
+        group = bits["cell_id"].map(settings.shared(settings.asked(frame), "family"))
+        same = bits[(group == group.iloc[0]) & (bits["family"] != first["family"])]
+        same = same.drop_duplicates("family")
         others = [f"{v:.3f} for {style.family_label(f)}" for f, v in
                   zip(same["family"], same["value"], strict=True)]  # fmt: skip
         against = f", against {' and '.join(others)}" if others else ""

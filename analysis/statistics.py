@@ -185,6 +185,23 @@ def compare(
     return Comparison(math.exp(mean), interval, n, verdict, reason, margin)
 
 
+def welch(
+    one: Sequence[float], other: Sequence[float], level: float = LEVEL
+) -> tuple[float, Interval | None]:
+    """The difference of two means that are not paired, with Welch's interval: neither their spread
+    nor their number need be alike. None where one has a single value."""
+    one, other = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    apart = float(one.mean() - other.mean())
+    if min(len(one), len(other)) < 2:
+        return apart, None
+    parts = np.array([values.var(ddof=1) / len(values) for values in (one, other)])
+    if parts.sum() == 0:
+        return apart, (apart, apart)
+    freedom = parts.sum() ** 2 / (parts**2 / (np.array([len(one), len(other)]) - 1)).sum()
+    half = float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(parts.sum()))
+    return apart, (apart - half, apart + half)
+
+
 def unpaired(ours: float, baseline: float, *, better: str, reason: str) -> Comparison:
     """The bare ratio of two medians that were not measured side by side: no verdict."""
     if not (ours > 0 and baseline > 0):

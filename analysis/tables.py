@@ -1,12 +1,23 @@
 """Tables: raw values for CSV beside the texts that people read; a missing value is "-" and why."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import checks, comparisons, derive, load, matching, statistics, style, vocabulary
+from analysis import (
+    checks,
+    comparisons,
+    derive,
+    load,
+    matching,
+    settings,
+    statistics,
+    style,
+    vocabulary,
+)
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
@@ -45,28 +56,35 @@ def side_by_side(
     ours: str = "jax",
     baseline: str | None = None,
     *,
+    metrics: tuple[str, ...] = (),
     is_brief: bool = False,
 ) -> Table:
     """Both sides of every matched pair: values with intervals, speedup, verdict, parity, size.
     A brief table has the first metric of each suite alone."""
-    baseline = baseline or comparisons.BASELINE[by]
-    found = comparisons.comparisons(frame, by, ours, baseline)
+    if baseline is None:
+        others = (value for value in settings.values_of(frame, by) if value != ours)
+        baseline = settings.baseline_of(by, others)
+    found = comparisons.comparisons(frame, by, ours, baseline, metrics)
     if is_brief:
         first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
         found = found[found["metric"] == first]
-    found = _sorted(found)
-    shown = ["suite", "family" if by == "backend" else "backend"]
+    found = in_order(found)
+    # beside what is compared: what each row is of
+    shown = ["suite", *(name for name in ("family", "backend") if name != by)]
     rest = ("size", "dtype", "device_kind", "data", "variant")
-    rest = ("family", *rest) if by == "linear_scan" else rest
-    shown += [name for name in rest if found[name].nunique() > 1]
+    shown += [name for name in rest if name != by and found[name].nunique() > 1]
+    hidden = {by, *settings.ALONG.get(by, ())}
+    ours, baseline = (settings.label(by, value) for value in (ours, baseline))
     header = [*shown, "workload", "metric", ours, baseline, f"{ours} / {baseline}", "rounds",
               "verdict", "parity", "num_params", "num_params_non_embedding"]  # fmt: skip
     rows = []
     for row in found.to_dict("records"):
+        along = {"batch_size"} if settings.is_shrinking(by, row["suite"]) else set()
+        work = {name: value for name, value in row.items() if name not in hidden | along}
         rows.append(
             [
                 *(_text(row[name]) for name in shown),
-                workload(row),
+                workload(work),
                 _metric_name(row["metric"]),
                 _side(row, "ours"),
                 _side(row, "baseline"),
@@ -89,7 +107,8 @@ def side_by_side(
     if by == "linear_scan":
         note += f" {SCAN_CLAIM}"
     title = f"{_name(by, ours)} beside {_name(by, baseline)}"
-    return Table(f"{by}_{ours}_{baseline}", title, header, rows, found, note)
+    name = re.sub(r"[^\w.=-]", "-", f"{by}_{ours}_{baseline}")
+    return Table(name, title, header, rows, found, note)
 
 
 def of_suite(table: Table, suite: str) -> Table:
@@ -389,7 +408,7 @@ def _both(row: dict[str, Any], name: str) -> str:
     return " / ".join(dict.fromkeys(known)) if known else NONE
 
 
-def _sorted(found: pd.DataFrame) -> pd.DataFrame:
+def in_order(found: pd.DataFrame) -> pd.DataFrame:
     suites = list(vocabulary.HEADLINES)
     metrics = [metric for names in vocabulary.HEADLINES.values() for metric in names]
     order = found.assign(

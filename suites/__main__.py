@@ -246,20 +246,71 @@ def report(
 
 @app.command()
 def compare(
-    by: Annotated[str, typer.Option("--by", help="backend, family or linear_scan.")] = "backend",
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT | OVERRIDES... | OLD.parquet NEW.parquet]",
+            help="Of these runs alone (default: all records); or two files of records.",
+            autocompletion=_complete,
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            help="backend (default), family, linear_scan, attention, layers, or any setting that "
+            "varies: seq_len, model.window_size, ...",
+        ),
+    ] = None,
     ours: Annotated[
         str | None, typer.Option("--ours", help="Default: all but the baseline.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="Default: torch, mqa or sequential.")
+        str | None,
+        typer.Option(
+            "--baseline",
+            help="Default: torch, mqa, sequential, plain; else as in configs/, or the first.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="Repeatable. Default: the headlines of each suite."),
+    ] = None,
+    fail_above: Annotated[
+        str | None,
+        typer.Option(
+            "--fail-above", help="Of two files: exit code 1 where NEW is worse by more, as 3%."
+        ),
     ] = None,
     results: Results = RAW,
     as_json: Json = False,
 ) -> None:
-    """Print paired ratios with intervals and verdicts."""
-    from suites import commands
+    """Print paired ratios with intervals and verdicts; or whether NEW is worse than OLD."""
+    from suites import comparing
 
-    raise typer.Exit(commands.compare(by, ours, baseline, results, as_json=as_json))
+    metrics, files = tuple(metric or ()), [*filter(comparing.is_records, arguments or [])]
+    if files:
+        if len(files) != 2 or len(arguments) != 2:
+            raise typer.BadParameter("two files of records are compared: OLD.parquet NEW.parquet.")
+        if by or ours or baseline:
+            raise typer.BadParameter("two files are compared as they are, without --by or sides.")
+        paths = [Path(text) for text in files]
+        raise typer.Exit(
+            comparing.compare_files(paths, metrics=metrics, fail_above=fail_above, as_json=as_json)
+        )
+    if fail_above is not None:
+        raise typer.BadParameter("--fail-above needs two files: OLD.parquet NEW.parquet.")
+    raise typer.Exit(
+        comparing.compare(
+            arguments or [],
+            results,
+            by=by or "backend",
+            ours=ours,
+            baseline=baseline,
+            metrics=metrics,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

@@ -98,35 +98,6 @@ def report(store: Path, out: Path | None, *, title: str) -> int:
     return AS_PLANNED
 
 
-def compare(
-    by: str, ours: str | None, baseline: str | None, store: Path, *, as_json: bool = False
-) -> int:
-    need_records(store)
-    from analysis import comparisons, derive, tables
-
-    frame = reports.frame_of(store)
-    with one_line():
-        if by not in comparisons.BASELINE:
-            raise ValueError(unknown("--by", by, list(comparisons.BASELINE)))
-        known = sorted(set(derive.outcomes(frame)[by].dropna()))
-        baseline = baseline or comparisons.BASELINE[by]
-        for option, value in (("--ours", ours), ("--baseline", baseline)):
-            if value is not None and value not in known:
-                raise ValueError(unknown(option, value, known))
-    sides = [ours] if ours else [name for name in known if name != baseline]
-    made = [tables.side_by_side(frame, by=by, ours=side, baseline=baseline) for side in sides]
-    if as_json:
-        display.print_json([row for table in made for row in _json_rows(table.frame)])
-        return AS_PLANNED
-    for table in made:
-        display.print_table(table.header, table.rows, title=table.title)
-    if made:
-        print(made[-1].note)
-    else:
-        print(f"only {baseline} was measured: nothing to compare by {by}.")
-    return AS_PLANNED
-
-
 def doctor(store: Path, *, as_json: bool = False) -> int:
     from suites.harness.data import default_cache
 
@@ -244,7 +215,7 @@ def need_writable(store: Path) -> None:
             raise ValueError(f"--results {store} cannot be written.")
 
 
-def unknown(option: str, value: str, known: list[str]) -> str:
+def did_you_mean(option: str, value: str, known: list[str]) -> str:
     close = get_close_matches(value, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{option} {value!r} is not known; known: {', '.join(known)}.{hint}"
@@ -429,13 +400,6 @@ def _ends(planned: list[Planned], result: Result) -> str:
 
 def _proxies(number: int) -> str:
     return f"{number:,} parity {'proxy' if number == 1 else 'proxies'}"
-
-
-def _json_rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a frame; every kind of missing is null."""
-    import json
-
-    return json.loads(frame.to_json(orient="records"))
 
 
 def _devices() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -32,6 +33,42 @@ def print_table(
     console.print(table(header, rows))
     if note:
         console.print(Text(note, style="dim"))
+
+
+def say(text: str, indent: str = "") -> None:
+    """A line; on a terminal as many as it needs there, broken between words."""
+    lines = [indent + text]
+    if sys.stdout.isatty():
+        width = Console().width
+        lines = textwrap.wrap(
+            text, width, initial_indent=indent, subsequent_indent=indent + "  ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    print("\n".join(lines))
+
+
+def print_beside(header: list[str], rows: list[list[str]], *, title: str = "") -> None:
+    """A table of comparisons; where a terminal is too narrow for it two lines or more each: the
+    ratio and what it means, then the two values, under what they are of."""
+    lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    width = Console().width
+    if not sys.stdout.isatty() or sum(lengths) + 2 * len(lengths) <= width:
+        print_table(header, rows, title=title)
+        return
+    console = Console()
+    console.print(Text(title, style="bold"))
+    place = header.index("metric")
+    before = None
+    for row in rows:
+        if (what := ", ".join(text for text in row[:place] if text != NONE)) != before:
+            say(before := what)
+        metric, ours, baseline, ratio, number, *rest = row[place:]
+        told = dict(zip(header[place + 5 :], rest, strict=True))
+        marks = [number + " " + header[place + 4]] if number != NONE else []
+        marks += [told[name] for name in ("verdict", "parity") if told.get(name, NONE) != NONE]
+        found = "; ".join([f"{metric}: {ratio}", *marks])
+        say(found, "  ")
+        say(f"{header[place + 1]} {ours}, {header[place + 2]} {baseline}", "    ")
 
 
 def table(header: list[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -104,7 +104,7 @@ def retry(
     with one_line():
         for reason in reasons:
             if reason not in OUTCOMES:
-                raise ValueError(commands.unknown("--reason", reason, list(OUTCOMES)))
+                raise ValueError(commands.did_you_mean("--reason", reason, list(OUTCOMES)))
         commands.need_submissions(store)
         view = reconcile.reconcile(store)
         active, found = view.active_run_ids(), {}

@@ -1,10 +1,12 @@
 """From a store to what is read: the frame with its builds judged, the page, the printed tables."""
 
+import itertools
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from suites import display
+from suites import compose, display
 from suites.harness import provenance
 from suites.harness.plan import FINISHED
 
@@ -24,7 +26,10 @@ def write(store: Path, out: Path | None, *, title: str, overrides: list[str] | N
 
     command = command_of("run" if overrides else "report", overrides or [], store)
     folder = report_path(store, out, title).parent
-    return write_report(store, folder, title=title, command=command, frame=frame_of(store))
+    frame = frame_of(store)
+    return write_report(
+        store, folder, title=title, command=command, frame=frame, defaults=defaults(frame)
+    )
 
 
 def command_of(name: str, overrides: list[str], store: Path) -> str:
@@ -63,13 +68,33 @@ def _our_build(
     return provenance.build_key(suite, backend, device, found)
 
 
+def defaults(frame: Any) -> dict[str, list[str]]:
+    """The values that configs/ give each setting of a model, its kernels, data and optimizer, at
+    the sizes and families that were measured: what ablations are held against."""
+    from analysis import settings
+
+    chosen = compose.defaults()
+    groups = {group: [choice] for group, choice in chosen.items()} | {"suite": ["training_speed"]}
+    for group in ("size", "family"):
+        measured = dict.fromkeys(frame[group].dropna())
+        groups[group] += [name for name in measured if name in compose.choices(group)]
+    files = compose.Files({group: list(dict.fromkeys(names)) for group, names in groups.items()})
+    made: dict[str, list[str]] = {}
+    for size, family in itertools.product(groups["size"], groups["family"]):
+        here = chosen | {"size": size, "family": family, "suite": "training_speed"}
+        for name, value in settings.flat(json.dumps(files.settings(here))).items():
+            made.setdefault(name, []).append(value)
+    return made
+
+
 def print_side_by_side(store: Path, run_ids: set[str]) -> None:
     from analysis.report import comparison_tables
 
     frame = frame_of(store)
     # parity of any earlier command verifies these runs too
     frame = frame[frame["run_id"].isin(run_ids) | (frame["suite"] == "parity")]
-    for table in comparison_tables(frame, is_brief=True):  # the report has every metric
+    # the report has every metric
+    for table in comparison_tables(frame, is_brief=True, defaults=defaults(frame)):
         if table.rows:
             print()
-            display.print_table(table.header, table.rows, title=table.title)
+            display.print_beside(table.header, table.rows, title=table.title)

@@ -48,6 +48,7 @@ def record(
     costs: dict | None = None,
     optimizer: dict | None = None,
     kernels: dict | None = None,
+    data: dict | None = None,
     **work,
 ) -> Record:
     """One attempt; cell_id and run_id are words here, not hashes, so that failures read well."""
@@ -60,7 +61,7 @@ def record(
         "lambda_init": "paper",
     } | (model or {})  # fmt: skip
     words = [suite, family, backend, dtype, device_kind, str(sorted(workload.items())),
-             str(sorted(settings.items(), key=str)), str(optimizer), str(kernels)]  # fmt: skip
+             str(sorted(settings.items(), key=str)), str([optimizer, kernels, data])]  # fmt: skip
     cell_id = "cell " + " ".join(words)
     run_id = f"{abs(hash_of(cell_id)):012x}-{seed}-{round}"
     return Record(
@@ -75,7 +76,7 @@ def record(
             "suite": suite, "model": settings, "backend": backend, "dtype": dtype,
             "workload": workload,
             "kernels": {"linear_scan": "auto", "attention": "auto"} | (kernels or {}),
-            "data": {"name": "stdlib", "source": "stdlib"},
+            "data": data or {"name": "stdlib", "source": "stdlib"},
             "optimizer": optimizer or {"name": "adamw", "learning_rate": 3e-3},
             "device_kind": device_kind, "seed": seed, "round": round,
         },

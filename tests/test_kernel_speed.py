@@ -10,7 +10,7 @@ from synthetic_records import record, sample
 from test_suites import FakeEngine, run_of, samples_of, values_of
 from typer.main import get_command
 
-from analysis import checks, comparisons, figures, report, tables
+from analysis import checks, comparisons, figures, report, settings, tables
 from analysis.load import frame_of
 from benchmarks import cpu_scan
 from implementations import cost, reference
@@ -385,5 +385,5 @@ def test_a_missing_ratio_is_within_no_limit():
 
 def test_compare_says_what_it_compares_by():
     options = {option.name: option.help for option in get_command(app).commands["compare"].params}
-    assert all(name in options["by"] for name in comparisons.BASELINE)
-    assert all(name in options["baseline"] for name in comparisons.BASELINE.values())
+    assert all(name in options["by"] for name in settings.BASELINE)
+    assert all(name in options["baseline"] for name in settings.BASELINE.values())

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import checks, derive, load, statistics, style, vocabulary
+from analysis import checks, derive, load, settings, statistics, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -139,12 +139,13 @@ def _best_over_mqa(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     processes = derive.processes(frame)
     processes = load.words(processes[processes["metric"] == "tokens_per_s"])
     shared = ["seed", "round", "block", "node", "device_name"]
+    group = settings.shared(settings.asked(frame), "family")  # of one backend and all else
     of_mqa = {}
     for row in rows[rows["family"] == "mqa"].to_dict("records"):
-        of_mqa.setdefault((row["backend"], row["across_families"]), row)
+        of_mqa.setdefault(group[row["cell_id"]], row)
     made = []
     for row in rows[rows["family"] != "mqa"].to_dict("records"):
-        other = of_mqa.get((row["backend"], row["across_families"]))
+        other = of_mqa.get(group[row["cell_id"]])
         if other is None:
             continue
         ours, theirs = (

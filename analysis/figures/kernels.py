@@ -5,12 +5,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import checks, comparisons, derive, load, style, vocabulary
+from analysis import checks, comparisons, derive, load, settings, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS, PASSES
 
 SEQ_LEN = "Sequence length (tokens)"
-SEQUENTIAL = comparisons.BASELINE["linear_scan"]
+SEQUENTIAL = settings.BASELINE["linear_scan"]
 # what a suite's time is the time of, and its seconds from one value of the metric
 TIMED = {
     "training_speed": ("training step", "step_time_ms", 1e-3),

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import checks, comparisons, style, vocabulary
+from analysis import checks, comparisons, settings, style, vocabulary
 from analysis.figures import drawing
 from suites.harness.record import METRICS
 
@@ -37,7 +37,7 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
     the sequential scan in the same backend."""
     rows = drawing.summary(frame, "training_speed", "step_time_ms")
     rows = rows[rows["linear_scan"].notna()]
-    base = comparisons.BASELINE["linear_scan"]
+    base = settings.BASELINE["linear_scan"]
     variants = sorted(set(rows["linear_scan"]) - {base}, key=style.variant_order)
     if not variants or base not in set(rows["linear_scan"]):
         return None
