@@ -75,10 +75,9 @@ def parity_errors(frame: pd.DataFrame) -> pd.DataFrame:
     largest error or by the root mean squares, whichever is more. An error without a tolerance is
     not within it.
     """
-    rows = _latest_checks(frame).copy()
-    rows["attempt"] = rows["attempt"].astype(object)
+    rows = words(_latest_checks(frame))
     rows["at"] = rows["at"].astype("float64").fillna(-1)
-    rows["field"] = rows["field"].astype(object).where(rows["field"].notna(), "")
+    rows["field"] = rows["field"].where(rows["field"].notna(), "")
     key = ["attempt", "field", "at"]
     errors = rows[rows["metric"] == "relative_error"]
     for metric in ("tolerance", "rms_error", "rms_tolerance"):

@@ -217,7 +217,7 @@ def _evidence(
         "margin": _margins(frame, both),
     }
     key = ["cell_id", "other", "metric", "at"]
-    groups = both.groupby(key, sort=False).indices if len(both) else {}
+    groups = both.groupby(key, sort=False, observed=True).indices if len(both) else {}
     found = {
         (cell, other, metric, None if at < 0 else at): {
             name: values[places] for name, values in columns.items()
