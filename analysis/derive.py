@@ -180,7 +180,9 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
     made = []
     cells = summary(frame)
     for row in cells[cells["metric"] == "max_batch_size"].to_dict("records"):
-        made.append(_frontier_row(row, "largest batch", row["value"], None) | {"why": row["field"]})
+        cells = (row["cell_id"],)
+        found = _frontier_row(row, "largest batch", row["value"], None, cells)
+        made.append(found | {"why": row["field"]})
     ends = outcomes(frame)
     lengths = [ends[name].astype("float64") for name in ("seq_len", "prompt_len")]
     # Training shrinks its batch as sequences grow; elsewhere another batch is another question.
@@ -196,23 +198,28 @@ def frontier(frame: pd.DataFrame) -> pd.DataFrame:
         done = group.loc[group["outcome"] == "completed", "length"]
         first = group.loc[group["is_out"], "length"].min()
         longest = done.max() if len(done) else None
-        row = _frontier_row(group.iloc[0].to_dict(), "longest context", longest, first)
+        one, cells = group.iloc[0].to_dict(), tuple(group["cell_id"])
+        row = _frontier_row(one, "longest context", longest, first, cells)
         why = group.loc[group["is_out"] & (group["length"] == first), "outcome"].iloc[0]
         made.append(row | {"why": why})
-    columns = [*key, *_FRONTIER_WORK, "frontier", "reached", "out_of_memory_at", "why"]
+    columns = [*key, *_FRONTIER_WORK, "frontier", "reached", "out_of_memory_at", "why",
+               "cell_ids"]  # fmt: skip
     return pd.DataFrame(made, columns=columns)
 
 
 _FRONTIER_WORK = ("prompt_len", "num_new_tokens", "batch_size", "variant")
 
 
-def _frontier_row(row: dict, name: str, reached: Any, failed_at: Any) -> dict[str, Any]:
+def _frontier_row(
+    row: dict, name: str, reached: Any, failed_at: Any, cells: tuple[str, ...]
+) -> dict[str, Any]:
     key = ("suite", "family", "size", "backend", "dtype", "device_kind", *_FRONTIER_WORK)
     return {k: row.get(k) for k in key} | {
         "frontier": name,
         "reached": reached,
         "out_of_memory_at": failed_at,
         "why": None,
+        "cell_ids": cells,
     }
 
 
@@ -222,8 +229,9 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
     names = ["peak_flops_per_s", "peak_bytes_per_s"]
     rows = words(frame[frame["metric"].isin(names) & _is_counted(frame)])
     key = ["device_name", "backend", "dtype", "metric", "unit", "field"]
-    found = rows.groupby(key, dropna=False, sort=True)["value"]
-    return found.agg(["median", "min", "max", "size"]).reset_index()
+    found = rows.groupby(key, dropna=False, sort=True)
+    made = found["value"].agg(["median", "min", "max", "size"])
+    return made.assign(run_ids=found["run_id"].agg(" ".join)).reset_index()
 
 
 def shown(rows: pd.DataFrame) -> pd.Series:

@@ -17,6 +17,7 @@ class Match:
     is_matched: bool | None  # None: one side only, or a fact that was not recorded
     differs: tuple[str, ...]
     facts: dict[str, str]
+    run_ids: tuple[str, ...]
 
 
 MATCHED_ACROSS_BACKENDS = ("num_params", "num_params_non_embedding", "train_flops_per_token",
@@ -74,7 +75,8 @@ def _match(
         differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
     else:
         verdict = not differs
-    return Match(suite, size, f"{who}: {', '.join(names)}", verdict, tuple(differs), facts)
+    scope = f"{who}: {', '.join(names)}"
+    return Match(suite, size, scope, verdict, tuple(differs), facts, tuple(group["run_id"]))
 
 
 def _span(values: pd.Series) -> str:

@@ -1,34 +1,45 @@
-"""The report of a store: one self-contained HTML page, and the same as Markdown, CSV and PNG."""
+"""The report of a store: one self-contained HTML page; the same as Markdown and LaTeX; its tables
+as CSV and LaTeX, its figures as SVG and PNG, its samples as Parquet and CSV."""
 
+import hashlib
+import html
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from analysis import (
-    checks,
     derive,
     figures,
+    formats,
+    latex,
+    page,
     remember,
     settings,
-    statistics,
     style,
     tables,
-    vocabulary,
 )
+from analysis.answer import answer, caveats
 from analysis.load import load, write_parquet
 from analysis.tables import Table
 
 QUESTION = (
     "Which architecture is better, at what cost, and is that the architecture or the framework?"
 )
+RECORDS = "records.parquet"
+HERE = Path(__file__).parent
+
+Pair = tuple[str, str, str]  # a setting, and two values of it that are put side by side
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,48 @@ class Drawing:
     name: str
     caption: str
     svg: str  # inline, in the colours of the page
-    png: str  # path relative to the report
+    command: str  # that draws it again
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report under one heading: tables, then drawings."""
+
+    anchor: str
+    title: str
+    tables: Sequence[Table] = ()
+    drawings: Sequence[Drawing] = ()
+    note: str = ""
+    empty: str = "None."  # what it says when it has nothing
+    is_folded: bool = False  # each table waits behind its title
+
+
+def sections(
+    frame: pd.DataFrame, beside: Sequence[Pair], drawings: Sequence[Drawing] = ()
+) -> list[Section]:
+    """The report from top to bottom, below the answer. To add a section: a line here."""
+    brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
+    bounds = tables.bounds(frame)
+    peaks = tables.peaks(frame)
+    return [
+        Section("matching", "Matching certificate", [tables.certificate(frame)]),
+        Section("tables", "Side by side", [*brief, *([bounds] if bounds.rows else [])],
+                empty="No run in this store can be compared."),
+        Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
+                empty="No completed run to draw."),
+        Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
+        Section("parity", "Parity", [tables.parity(frame)]),
+        Section("failures", "Failures and frontier",
+                [tables.failures(frame), tables.frontier(frame)]),
+        Section("machines", "Machines and versions",
+                [tables.machines(frame), *([peaks] if peaks.rows else [])]),
+    ]  # fmt: skip
+
+
+FIGURES_NOTE = (
+    "Families are colours, frameworks are markers and line styles. Intervals are 95%, over "
+    "processes, drawn from two on."
+)
 
 
 def write_report(
@@ -46,278 +98,238 @@ def write_report(
     title: str,
     command: str,
     frame: pd.DataFrame | None = None,
+    question: str = QUESTION,
+    redraw: str = "aerie report",
     defaults: Mapping[str, Iterable[str]] | None = None,
 ) -> Path:
-    """Writes report.html, report.md, records.parquet, tables/*.csv and figures/*.png into `out`;
-    returns the path of report.html. `frame` replaces what analysis.load(store) gives; `defaults`
-    are the values that configs/ have: the baselines of ablations."""
+    """Writes report.html, report.md, report.tex, records.parquet, records.csv, tables/ and figures/
+    into `out`; returns the path of report.html. `frame` replaces what analysis.load(store) gives;
+    `command` measured it, `redraw` draws it; `defaults` are the values that configs/ have: the
+    baselines of ablations."""
     frame = load(Path(store)) if frame is None else frame
+    out = Path(out)
+    _clear(out)
     with remember.remembering():
-        return _write(frame, Path(store), Path(out), title, command, defaults)
+        drawings = draw(frame, out, redraw)
+        beside = pairs(frame, defaults)
+        made = sections(frame, beside, drawings)
+        raw = raw_tables(frame, beside, made)
+        _write_data(frame, out, made, raw)
+        runs = derive.runs(frame)
+        context = {
+            "title": title,
+            "command": command,
+            "redraw": redraw,
+            "check": f"aerie report --verify {out}",
+            "question": question,
+            "answer": answer(frame, comparison_tables(frame, beside)),
+            "caveats": caveats(frame),
+            "sections": made,
+            "beside": beside,
+            "num_runs": len(runs),
+            "num_completed": int((runs["outcome"] == "completed").sum()),
+            "written_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "store": str(store),
+            "samples_csv": next(out.glob("samples.csv*")).name,
+            "digest": digest(out / RECORDS),
+        }
+        for name, render in (("md", _markdown), ("tex", _tex), ("html", _html)):
+            (out / f"report.{name}").write_text(render(context, frame), encoding="utf-8")
+    return out / "report.html"
 
 
-def _write(
-    frame: pd.DataFrame,
-    store: Path,
-    out: Path,
-    title: str,
-    command: str,
-    defaults: Mapping[str, Iterable[str]] | None,
-) -> Path:
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    (out / "tables").mkdir(exist_ok=True)
-    write_parquet(frame, out / "records.parquet")
-
-    beside = comparison_tables(frame, defaults=defaults)
-    drawings = draw(frame, out)
-    rest = {
-        "parity": tables.parity(frame),
-        "certificate": tables.certificate(frame),
-        "failures": tables.failures(frame),
-        "frontier": tables.frontier(frame),
-        "machines": tables.machines(frame),
-        "peaks": tables.peaks(frame),
-        "bounds": tables.bounds(frame),
-    }
-    for table in [*beside, *rest.values()]:
-        table.write_csv(out / "tables")
-    runs = derive.runs(frame)
-    context = {
-        "title": title,
-        "command": command,
-        "question": QUESTION,
-        "answer": answer(frame, beside),
-        "caveats": caveats(frame),
-        "glances": [
-            table
-            for table in comparison_tables(frame, is_brief=True, defaults=defaults)
-            if table.rows
-        ],
-        "sections": [(table, list(_by_suite(table))) for table in beside if table.rows],
-        "drawings": drawings,
-        **rest,
-        "num_runs": len(runs),
-        "num_completed": int((runs["outcome"] == "completed").sum()),
-        "written_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "store": str(store),
-    }
-    (out / "report.md").write_text(_render("report.md.j2", context), encoding="utf-8")
-    path = out / "report.html"
-    path.write_text(_render("report.html.j2", context), encoding="utf-8")
-    return path
-
-
-def comparison_tables(
-    frame: pd.DataFrame,
-    *,
-    is_brief: bool = False,
-    defaults: Mapping[str, Iterable[str]] | None = None,
-) -> list[Table]:
+def pairs(frame: pd.DataFrame, defaults: Mapping[str, Iterable[str]] | None = None) -> list[Pair]:
     """JAX beside PyTorch, each other family beside MQA, and of each setting of model, kernels or
     optimizer that was varied every other value beside its baseline: that of `defaults`, if it was
     measured."""
-    pairs = [("backend", "jax", "torch")]
+    made = [("backend", "jax", "torch")]
     families = settings.values_of(frame, "family")
     if "mqa" in families:
-        pairs += [("family", family, "mqa") for family in families if family != "mqa"]
+        made += [("family", family, "mqa") for family in families if family != "mqa"]
     for by, values in settings.varying(frame).items():
         if by in settings.RESOLVED or by.startswith(("model.", "kernels.", "optimizer.")):
             baseline = settings.baseline_of(by, values, defaults)
-            pairs += [(by, value, baseline) for value in values if value != baseline]
-    return [tables.side_by_side(frame, *pair, is_brief=is_brief) for pair in pairs]
-
-
-def answer(frame: pd.DataFrame, beside: list[Table] | None = None) -> list[str]:
-    """Two sentences with numbers: the architectures, then the frameworks."""
-    beside = comparison_tables(frame) if beside is None else beside
-    return [_architectures(frame, beside), _frameworks(beside[0].frame)]
-
-
-def caveats(frame: pd.DataFrame) -> list[str]:
-    """What the numbers are too few, too old or too unchecked to say."""
-    made = []
-    cells = derive.summary(frame)
-    timed = cells[cells["metric"].isin(vocabulary.TIMES)]
-    few = timed.loc[timed["num_rounds"] < statistics.MIN_ROUNDS, "num_rounds"]
-    if len(few):
-        low, high = int(few.min()), int(few.max())
-        rounds = _count(high, "round") if low == high else f"{low} to {high} rounds"
-        some = "Timings" if len(few) == len(timed) else f"{len(few)} of {len(timed)} timings"
-        made.append(
-            f"{some} have {rounds}: too few for a verdict, which needs "
-            f"{statistics.MIN_ROUNDS}; their comparisons are inconclusive."
-        )
-    runs = derive.runs(frame)
-    programs = set(runs.loc[runs["suite"].isin(set(timed["suite"])), "program"].dropna())
-    if programs >= {"eager", "compiled"}:
-        made.append(
-            "JAX ran compiled programs and PyTorch eager code: small models feel the difference "
-            "most, in decoding above all. kernels.compile=true compiles PyTorch too."
-        )
-    if mixed := int((cells.drop_duplicates("cell_id")["num_builds"] > 1).sum()):
-        made.append(f"{_count(mixed, 'cell')} mix runs of several builds.")
-    if resumed := int((runs["num_segments"] > 1).sum()):
-        made.append(
-            f"{_count(resumed, 'run')} went on from a checkpoint: seconds, start-up times and peak "
-            "memory are those of the last process alone; losses are of all steps."
-        )
-    quality = cells[cells["suite"] == "language_modeling"]
-    if len(quality):
-        seeds = int(quality["num_seeds"].min())
-        if seeds == 1:
-            made.append(
-                "Language modeling has one seed: no spread between seeds is known, so a small "
-                "difference may be chance."
-            )
-        elif seeds < 3:
-            made.append(f"Language modeling has {seeds} seeds; 3 or more are needed for a spread.")
-    speeds = cells[cells["metric"].isin(vocabulary.SPEEDS)]
-    bare = int((speeds["parity"] != checks.GREEN).sum())
-    if bare:
-        made.append(
-            f"{bare} of {len(speeds)} speed numbers are {checks.UNVERIFIED}: no green parity "
-            "record of the same kernels, head_dim, dtype, device and build."
-        )
-    if len(cells) and (odd := int(cells["num_outliers"].sum())):
-        made.append(f"{_count(odd, 'repeat')} lie far from their median: flagged, not dropped.")
-    if stale := int((runs["is_current"] == False).sum()):  # noqa: E712 - the column knows null
-        made.append(f"{_count(stale, 'run')} came from an older build and are marked stale.")
+            made += [(by, value, baseline) for value in values if value != baseline]
     return made
 
 
-def draw(frame: pd.DataFrame, out: Path) -> list[Drawing]:
-    """Every figure that has data, as a PNG file and as inline SVG."""
+def comparison_tables(
+    frame: pd.DataFrame, beside: Sequence[Pair], *, is_brief: bool = False
+) -> list[Table]:
+    return [tables.side_by_side(frame, *pair, is_brief=is_brief) for pair in beside]
+
+
+def metric_tables(frame: pd.DataFrame, beside: Sequence[Pair]) -> list[Table]:
+    """Every metric of each suite, side by side."""
     made = []
-    for name, function in figures.FIGURES.items():
+    for pair in beside:
+        whole = tables.side_by_side(frame, *pair)
+        for suite in dict.fromkeys(whole.frame["suite"]):
+            made.append(tables.side_by_side(frame, *pair, suite=suite))
+    return made
+
+
+def raw_tables(frame: pd.DataFrame, beside: Sequence[Pair], made: Sequence[Section]) -> list[Table]:
+    """Those that have a CSV file of their own: of a comparison the whole one."""
+    shown = [table for section in made for table in section.tables]
+    return [*comparison_tables(frame, beside), *(table for table in shown if not table.csv)]
+
+
+def _clear(out: Path) -> None:
+    """What an earlier report left: all files are of this one."""
+    if not (out / "report.html").is_file():
+        return
+    drawn = [
+        out / "figures" / f"{name}.{end}" for name in figures.FIGURES for end in ("png", "svg")
+    ]
+    patterns = ("records.csv", "samples.csv*", "tables/*.csv", "tables/*.tex")
+    for path in (*drawn, *(path for pattern in patterns for path in out.glob(pattern))):
+        path.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def draw(
+    frame: pd.DataFrame, out: Path, redraw: str, names: Sequence[str] | None = None
+) -> list[Drawing]:
+    """Every figure that has data (or those of these names), as PNG and SVG files and inline."""
+    folder = out / "figures"
+    made = []
+    for name in figures.FIGURES if names is None else names:
         with style.looks(name):
-            figure = function(frame)
+            figure = figures.FIGURES[name](frame)
             if figure is None:
                 continue
-            path = f"figures/{name}.png"
-            FigureCanvasAgg(figure).print_png(out / path)  # savefig would draw twice
-            made.append(Drawing(name, figures.caption(name), _svg(figure, name), path))
+            folder.mkdir(parents=True, exist_ok=True)
+            _literal(figure)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # of a label: a box stands for it
+                FigureCanvasAgg(figure).print_png(folder / f"{name}.png")  # savefig draws twice
+                svg = _svg(figure)
+        (folder / f"{name}.svg").write_text(_standing_alone(svg), encoding="utf-8")
+        command = f"{redraw} --figure {name}"
+        inline = _inline(svg, figures.describe(name, figure))
+        made.append(Drawing(name, figures.caption(name), inline, command))
     return made
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page: transparent, text and axes in the page's own colour."""
+def _literal(figure: Figure) -> None:
+    """A label is no formula, whatever dollars it holds; ticks of powers of ten are."""
+    for text in figure.findobj(Text):
+        label = text.get_text()
+        if label and not label.startswith(r"$\mathdefault{"):
+            text.set_text(formats.visible(label))
+            text.set_parse_math(False)
+
+
+def _svg(figure: Figure) -> str:
+    """The element, without a background; ids that nothing points at are left out, as a page of
+    several figures would have each of them twice."""
     figure.set_layout_engine("none")  # the places that the PNG has found hold
     figure.patch.set_visible(False)
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(style.INK, "currentColor")
-    label = figures.caption(name).replace("&", "and").replace('"', "'").replace("<", "")
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
+    text = formats.visible(file.getvalue())
+    return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
+
+
+def _standing_alone(svg: str) -> str:
+    """A file: on white, whatever page shows it."""
+    head, rest = svg.split(">", 1)
+    white = '<rect width="100%" height="100%" fill="#ffffff"/>'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{white}{rest}'
+
+
+def _inline(svg: str, words: str) -> str:
+    """In a page: text and axes in its own colour, as wide as it lets them be; for who cannot see
+    it, in words."""
+    text = svg.replace(style.INK, "currentColor")
+    for size in ("width", "height"):
+        text = re.sub(rf'<svg ([^>]*?){size}="[^"]*"', r"<svg \1", text, count=1)
+    label = html.escape(formats.visible(words))
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def _by_suite(table: Table) -> Iterator[Table]:
-    for suite in dict.fromkeys(table.frame["suite"]):
-        yield tables.of_suite(table, suite)
+def _write_data(
+    frame: pd.DataFrame, out: Path, made: Sequence[Section], raw: Sequence[Table]
+) -> None:
+    (out / "tables").mkdir(parents=True, exist_ok=True)
+    write_parquet(frame, out / RECORDS)
+    formats.write_frame(frame, out)
+    for table in raw:
+        formats.write_csv(table.frame, out / table.file)
+    for section in made:
+        for table in section.tables:
+            path = out / "tables" / f"{table.name}.tex"
+            path.write_text(latex.tex_table(table) + "\n", encoding="utf-8")
 
 
-def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
-    """The family of least held-out loss, and what its training step and its tokens cost."""
-    cells = derive.summary(frame)
-    bits = cells[cells["metric"] == "bits_per_byte"].sort_values("value", kind="stable")
-    parts = []
-    leader = None
-    if len(bits):
-        first = bits.iloc[0]
-        group = bits["cell_id"].map(settings.shared(settings.asked(frame), "family"))
-        same = bits[(group == group.iloc[0]) & (bits["family"] != first["family"])]
-        same = same.drop_duplicates("family")
-        others = [f"{v:.3f} for {style.family_label(f)}" for f, v in
-                  zip(same["family"], same["value"], strict=True)]  # fmt: skip
-        against = f", against {' and '.join(others)}" if others else ""
-        seeds = _count(int(first["num_seeds"]), "seed")
-        leader = first["family"]
-        verb = "reaches the fewest" if others else "reaches"
-        parts.append(
-            f"{style.family_label(leader)} {verb} held-out bits per byte at size "
-            f"{first['size']}, {first['value']:.3f}{against} "
-            f"({style.backend_label(first['backend'])}, {seeds})"
-        )
-    for table in (table for table in beside if table.name.startswith("family_")):
-        found = table.frame
-        family = table.name.removeprefix("family_").removesuffix("_mqa")
-        if leader not in (None, "mqa", family):
-            continue
-        for metric, what in (("step_time_ms", "a training step"), ("tpot_ms", "a decoded token")):
-            part = found[(found["metric"] == metric) & found["speedup"].notna()]
-            if len(part):
-                costs = 1 / part["speedup"].astype(float)
-                mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
-                name = style.family_label(family)
-                parts.append(f"{what} of {name} takes {_range(costs)} of MQA's time{mark}")
-    if not parts:
-        return "No completed run compares the architectures."
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
+    environment = _environment(autoescape=True, finalize=_visible)
+    environment.filters["broken"] = _broken
+    runs = page.Runs(frame)
+    js = (HERE / "report.js").read_text(encoding="utf-8")
+    extra = {
+        "css": (HERE / "report.css").read_text(encoding="utf-8"),
+        "js": js,
+        "script_hash": page.script_hash(js),
+        "palette": page.PALETTE,
+        "numeric_columns": page.numeric_columns,
+        "cells": lambda table: page.cells(table, runs),
+        "run_list": lambda: {name: context[name] for name in ("store", "beside")} | runs.to_json(),
+    }
+    return environment.get_template("report.html.j2").render(context | extra) + "\n"
 
 
-def _frameworks(found: pd.DataFrame) -> str:
-    """How far the same model differs between JAX and PyTorch."""
-    parts = []
-    ratios = found[found["speedup"].notna()]
-    compared = [
-        ("training", ratios[ratios["metric"] == "step_time_ms"]),
-        ("decoding", ratios[ratios["metric"] == "tpot_ms"]),
-    ]
-    scans = ratios[ratios["metric"] == "op_time_ms"]
-    for names, part in scans.groupby(["linear_scan_ours", "linear_scan_baseline"]):
-        variants = " beside ".join(dict.fromkeys(names))
-        compared.append((f"the recurrence alone ({variants})", part))
-    for what, part in compared:
-        if len(part):
-            mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
-            verdicts = part["verdict"].value_counts()
-            words = ", ".join(f"{count} {name}" for name, count in verdicts.items())
-            parts.append(
-                f"in {what} JAX is {_range(part['speedup'].astype(float))} as fast as PyTorch over "
-                f"{_count(len(part), 'matched cell')} ({words}){mark}"
-            )
-    quality = found[(found["metric"] == "bits_per_byte") & found["difference"].notna()]
-    if len(quality):
-        apart = quality["difference"].astype(float).abs().max()
-        parts.append(f"held-out bits per byte differ between them by {apart:.4f} at most")
-    if not parts:
-        return "No completed run compares the frameworks."
-    text = "; ".join(parts)
-    return f"The same model in both frameworks: {text}."
+def _markdown(context: dict[str, Any], frame: pd.DataFrame) -> str:
+    environment = _environment(finalize=lambda value: _escaped(value, formats.markdown))
+    extra = {
+        "markdown_table": lambda table: Made(formats.markdown_table(table)),
+        "markdown_code": lambda text: Made(formats.markdown_code(text)),
+        "markdown_line": lambda text: Made(f"`{text}`" if "`" not in text else text),
+    }
+    return environment.get_template("report.md.j2").render(context | extra) + "\n"
 
 
-def _verified(part: pd.DataFrame) -> bool:
-    return bool(
-        (part["parity_ours"] == checks.GREEN).all()
-        and (part["parity_baseline"] == checks.GREEN).all()
-    )
+def _tex(context: dict[str, Any], frame: pd.DataFrame) -> str:
+    environment = _environment(
+        finalize=lambda value: _escaped(value, latex.tex),
+        block_start_string="<%", block_end_string="%>",
+        variable_start_string="<<", variable_end_string=">>",
+        comment_start_string="<#", comment_end_string="#>",
+    )  # fmt: skip
+    extra = {"tex_table": latex.tex_table, "tex_code": latex.tex_code, "tex_path": latex.Tex}
+    return environment.get_template("report.tex.j2").render(context | extra) + "\n"
 
 
-def _range(values: pd.Series) -> str:
-    low, high = f"{values.min():.2f}x", f"{values.max():.2f}x"
-    return low if low == high else f"{low} to {high}"
+class Made(str):
+    """In the language of its format already: not escaped again."""
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def _escaped(value: Any, escape: Any) -> str:
+    return value if isinstance(value, (Made, latex.Tex)) else escape(value)
 
 
-def _render(template: str, context: dict) -> str:
+def _visible(value: Any) -> Any:
+    return formats.visible(value) if type(value) is str else value
+
+
+def _broken(text: str) -> Any:
+    """A name that may break after each underscore."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in text.split("_"))
+
+
+def _environment(**settings: Any) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html.j2"),
+    return Environment(
+        loader=FileSystemLoader(HERE),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **settings,
     )
-    environment.tests["number"] = _is_number
-    return environment.get_template(template).render(context) + "\n"
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.match(r"^[-+]?[\d.,]+(x|$|\s)", text))

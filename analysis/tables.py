@@ -1,8 +1,8 @@
 """Tables: raw values for CSV beside the texts that people read; a missing value is "-" and why."""
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -18,9 +18,12 @@ from analysis import (
     style,
     vocabulary,
 )
+from analysis.remember import remembered
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
+MAX_ROWS = 500  # texts of a table: a page of 100,000 records must still open; its CSV has every row
+RUNS = {"": ("run_ids",)}
 # the labels in METRICS say GiB, MiB
 SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20, "op_bytes": 2.0**20}
 SCAN_CLAIM = (
@@ -31,7 +34,8 @@ SCAN_CLAIM = (
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are texts for people, one list a row under `header`; `frame` holds the raw values."""
+    """`rows` are texts for people, one list a row under `header`, at most MAX_ROWS; `frame` holds
+    the raw values of every row, in the same order."""
 
     name: str
     title: str
@@ -39,15 +43,20 @@ class Table:
     rows: list[list[str]]
     frame: pd.DataFrame
     note: str = ""
+    # header -> the column of `frame` by which it is sorted, where its texts do not say it
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    # header -> the columns of `frame` with the run_ids behind it; "" stands for all other headers
+    runs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    csv: str = ""  # the file of raw values, where that is another table's, of which this is a part
 
-    def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in lines)
+    @property
+    def file(self) -> str:
+        """Of the raw values, within the report."""
+        return f"tables/{self.csv or self.name}.csv"
 
-    def write_csv(self, folder: Path) -> Path:
-        path = folder / f"{self.name}.csv"
-        self.frame.to_csv(path, index=False, na_rep="")
-        return path
+    @property
+    def num_left_out(self) -> int:
+        return len(self.frame) - len(self.rows)
 
 
 def side_by_side(
@@ -58,27 +67,34 @@ def side_by_side(
     *,
     metrics: tuple[str, ...] = (),
     is_brief: bool = False,
+    suite: str | None = None,
+    max_rows: int | None = MAX_ROWS,
 ) -> Table:
     """Both sides of every matched pair: values with intervals, speedup, verdict, parity, size.
-    A brief table has the first metric of each suite alone."""
+    A brief table has the first metric of each suite alone, or the rows of one suite, which is then
+    no column; max_rows=None writes the texts of all rows."""
     if baseline is None:
         others = (value for value in settings.values_of(frame, by) if value != ours)
         baseline = settings.baseline_of(by, others)
-    found = comparisons.comparisons(frame, by, ours, baseline, metrics)
-    if is_brief:
-        first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
-        found = found[found["metric"] == first]
-    found = in_order(found)
+    found = _pairs(frame, by, ours, baseline, metrics)
     # beside what is compared: what each row is of
     shown = ["suite", *(name for name in ("family", "backend") if name != by)]
     rest = ("size", "dtype", "device_kind", "data", "variant")
     shown += [name for name in rest if name != by and found[name].nunique() > 1]
     hidden = {by, *settings.ALONG.get(by, ())}
     ours, baseline = (settings.label(by, value) for value in (ours, baseline))
+    name = csv = re.sub(r"[^\w.=-]", "-", f"{by}_{ours}_{baseline}")
+    title = f"{_name(by, ours)} beside {_name(by, baseline)}"
+    if is_brief:
+        first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
+        found, name = found[found["metric"] == first], f"headline_{name}"
+    if suite is not None:
+        found, name, title = found[found["suite"] == suite], f"{name}_{suite}", f"{title}: {suite}"
+        shown.remove("suite")
     header = [*shown, "workload", "metric", ours, baseline, f"{ours} / {baseline}", "rounds",
               "verdict", "parity", "num_params", "num_params_non_embedding"]  # fmt: skip
     rows = []
-    for row in found.to_dict("records"):
+    for row in found[:max_rows].to_dict("records"):
         along = {"batch_size"} if settings.is_shrinking(by, row["suite"]) else set()
         work = {name: value for name, value in row.items() if name not in hidden | along}
         rows.append(
@@ -106,20 +122,19 @@ def side_by_side(
     )
     if by == "linear_scan":
         note += f" {SCAN_CLAIM}"
-    title = f"{_name(by, ours)} beside {_name(by, baseline)}"
-    name = re.sub(r"[^\w.=-]", "-", f"{by}_{ours}_{baseline}")
-    return Table(name, title, header, rows, found, note)
-
-
-def of_suite(table: Table, suite: str) -> Table:
-    """The rows of one suite, without the column that names it."""
-    keep = (table.frame["suite"] == suite).to_list()
-    place = table.header.index("suite")
-    rows = [
-        row[:place] + row[place + 1 :] for row, kept in zip(table.rows, keep, strict=True) if kept
-    ]
-    header = table.header[:place] + table.header[place + 1 :]
-    return Table(f"{table.name}_{suite}", suite, header, rows, table.frame[keep])
+    note = note if suite is None else ""  # the brief table has said it
+    both = ("run_ids_ours", "run_ids_baseline")
+    return Table(
+        name,
+        title,
+        header,
+        rows,
+        found,
+        note,
+        numbers={ours: "value_ours", baseline: "value_baseline", f"{ours} / {baseline}": "ratio"},
+        runs={ours: both[:1], baseline: both[1:], "": both},
+        csv=csv,
+    )
 
 
 def parity(frame: pd.DataFrame) -> Table:
@@ -134,7 +149,7 @@ def parity(frame: pd.DataFrame) -> Table:
     header = [*(name.replace("device_kind", "device") for name in names),
               "build", "parity", "checks", "worst error / tolerance", "at"]  # fmt: skip
     rows = []
-    for row in status.to_dict("records"):
+    for row in status[:MAX_ROWS].to_dict("records"):
         share, worst = row["worst"], NONE
         if share is not None and not pd.isna(share):
             limit = _text(row["tolerance"], "{:.1e}")
@@ -160,7 +175,8 @@ def parity(frame: pd.DataFrame) -> Table:
         "of the same family, architecture settings, head_dim, backend, dtype, kernels, device kind "
         "and build."
     )
-    return Table("parity", "Parity", header, rows, status, note)
+    numbers = {"worst error / tolerance": "worst"}
+    return Table("parity", "Parity", header, rows, status, note, numbers, {"": ("run_id",)})
 
 
 def certificate(frame: pd.DataFrame) -> Table:
@@ -168,19 +184,45 @@ def certificate(frame: pd.DataFrame) -> Table:
     names = ("num_params", "num_params_non_embedding", "train_flops_per_token", "num_tokens",
              "optimizer", "data_digest", "init_digest")  # fmt: skip
     header = ["suite", "size", "compared", "matched", *names]
+    common = _common([match.facts["optimizer"] for match in matches])
     rows, raw = [], []
     for match in matches:
         verdict = {True: "matched", False: "DIFFERS: ", None: "not established: "}[match.is_matched]
         verdict += ", ".join(match.differs)
-        facts = [match.facts.get(name, NONE) for name in names]
-        rows.append([match.suite, match.size, match.scope, verdict, *facts])
-        raw.append(dict(zip(header, rows[-1], strict=True)))
+        facts = {name: match.facts.get(name, NONE) for name in names}
+        line = [match.suite, match.size, match.scope, verdict]
+        full = dict(zip(header, [*line, *facts.values()], strict=True))
+        raw.append(full | {"run_ids": " ".join(match.run_ids)})
+        own = [word for word in facts["optimizer"].split(", ") if word not in common]
+        facts["optimizer"] = ", ".join(own) or "as above"
+        for name in ("data_digest", "init_digest"):
+            facts[name] = facts[name][:12]
+        rows.append([*line, *facts.values()])
+    is_good = [match.is_matched for match in matches]
+    matched = "All" if all(is_good) else f"{is_good.count(True)} of"
     note = (
         "Runs of one seed and round are held against each other. Across backends everything must "
         "be equal; across families tokens, optimizer and data order."
     )
-    raw_frame = pd.DataFrame(raw, columns=header)
-    return Table("certificate", "Matching certificate", header, rows, raw_frame, note)
+    if matches:
+        note = f"{matched} {len(matches)} comparisons are matched. {note}"
+    if common:
+        note += f" Optimizer of all: {', '.join(common)}."
+    return Table(
+        "certificate",
+        "Matching certificate",
+        header,
+        rows,
+        pd.DataFrame(raw, columns=[*header, "run_ids"]),
+        note,
+        runs=RUNS,
+    )
+
+
+def _common(texts: list[str]) -> list[str]:
+    """The `name=value` words that all of these have; "3 values" has none."""
+    words = [text.split(", ") for text in texts if "=" in text]
+    return [word for word in words[0] if all(word in other for other in words)] if words else []
 
 
 def failures(frame: pd.DataFrame) -> Table:
@@ -193,10 +235,13 @@ def failures(frame: pd.DataFrame) -> Table:
             workload(row),
             *(_text(row[name]) for name in header[5:]),
         ]
-        for row in lost.to_dict("records")
+        for row in lost[:MAX_ROWS].to_dict("records")
     ]
-    columns = [name for name in header if name != "workload"]
-    return Table("failures", "Runs that did not complete", header, rows, lost[columns])
+    work = ["op", "work_phase", "seq_len", "prompt_len", "num_new_tokens", "num_steps",
+            "batch_size", "num_devices"]  # fmt: skip
+    raw = lost[["attempt", *work, *(name for name in header if name != "workload")]]
+    runs = {"": ("run_id",)}
+    return Table("failures", "Runs that did not complete", header, rows, raw, runs=runs)
 
 
 def frontier(frame: pd.DataFrame) -> Table:
@@ -204,8 +249,14 @@ def frontier(frame: pd.DataFrame) -> Table:
     header = ["suite", "family", "size", "backend", "dtype", "prompt_len", "frontier", "reached",
               "out of memory at", "why"]  # fmt: skip
     names = [*header[:8], "out_of_memory_at", "why"]
-    rows = [[_text(row[name], "{:,.0f}") for name in names] for row in edge.to_dict("records")]
-    return Table("frontier", "Frontier", header, rows, edge)
+    ids = run_ids(frame)
+    found = [" ".join(ids.reindex(cells).dropna()) for cells in edge["cell_ids"]]
+    edge = edge.drop(columns="cell_ids").assign(run_ids=found)
+    rows = [
+        [_text(row[name], "{:,.0f}") for name in names]
+        for row in edge[:MAX_ROWS].to_dict("records")
+    ]
+    return Table("frontier", "Frontier", header, rows, edge, runs=RUNS)
 
 
 def machines(frame: pd.DataFrame) -> Table:
@@ -215,16 +266,17 @@ def machines(frame: pd.DataFrame) -> Table:
              "engine_build"]  # fmt: skip
     rows = derive.runs(frame)
     key = ["backend", *names]
-    counts = rows.groupby(key, dropna=False, sort=False).size().reset_index(name="num_runs")
+    found = rows.groupby(key, dropna=False, sort=False)["run_id"]
+    counts = found.agg(num_runs="size", run_ids=" ".join).reset_index()
     texts = []
-    for row in counts.to_dict("records"):
+    for row in counts[:MAX_ROWS].to_dict("records"):
         memory = row["memory_bytes"]
         row["memory_bytes"] = NONE if pd.isna(memory) else f"{memory / 2**30:.1f} GiB"
         commit, plus, dirty = _text(row["git_commit"]).partition("+")
         row["git_commit"] = commit[:12] + plus + dirty
         texts.append([_text(row[name]) for name in [*key, "num_runs"]])
     header = [name.replace("memory_bytes", "memory") for name in [*key, "num_runs"]]
-    return Table("machines", "Machine and versions", header, texts, counts)
+    return Table("machines", "Machines and versions", header, texts, counts, runs=RUNS)
 
 
 def peaks(frame: pd.DataFrame) -> Table:
@@ -239,10 +291,11 @@ def peaks(frame: pd.DataFrame) -> Table:
             f"{row['min']:.3g} to {row['max']:.3g}",
             f"{row['size']:,}",
         ]
-        for row in found.to_dict("records")
+        for row in found[:MAX_ROWS].to_dict("records")
     ]
     note = "MFU and MBU are shares of the peak that the same run found or was told."
-    return Table("peaks", "Peaks", header, rows, found, note)
+    numbers = {"median": "median", "range": "min"}
+    return Table("peaks", "Peaks", header, rows, found, note, numbers, RUNS)
 
 
 def bounds(frame: pd.DataFrame) -> Table:
@@ -252,8 +305,9 @@ def bounds(frame: pd.DataFrame) -> Table:
     key = ["suite", "family", "size", "model", "dtype", "op", "work_phase", "batch_size",
            "seq_len"]  # fmt: skip
     found = rows.groupby([*key, "of"], sort=False)["value"].first().unstack("of")
-    found = found.sort_index().reset_index()
-    devices = sorted(set(found) - {*key, "op_bytes"})
+    ids = rows.groupby(key, sort=False)["run_id"].agg(lambda ids: " ".join(dict.fromkeys(ids)))
+    found = found.assign(run_ids=ids).sort_index().reset_index()
+    devices = sorted(set(found) - {*key, "op_bytes", "run_ids"})
     found["variant"] = derive.variants(found, "model")
     shown = [name for name in ("family", "variant") if found[name].nunique() > 1]
     header = [*shown, "size", "dtype", "workload", METRICS["op_bytes"].label,
@@ -265,13 +319,13 @@ def bounds(frame: pd.DataFrame) -> Table:
             number(row["op_bytes"], "op_bytes"),
             *(number(row[name]) for name in devices),
         ]
-        for row in found.to_dict("records")
+        for row in found[:MAX_ROWS].to_dict("records")
     ]
     note = (
         "Bounds, not measurements: the bytes that the op must move, each once, over the bandwidth "
         "of the device's data sheet. No kernel can be faster there; none has been timed there."
     )
-    return Table("bounds", "Bounds by bytes", header, texts, found, note)
+    return Table("bounds", "Bounds by bytes", header, texts, found, note, runs=RUNS)
 
 
 def number(value: Any, metric: str | None = None) -> str:
@@ -408,6 +462,26 @@ def _both(row: dict[str, Any], name: str) -> str:
     return " / ".join(dict.fromkeys(known)) if known else NONE
 
 
+@remembered
+def _pairs(
+    frame: pd.DataFrame, by: str, ours: str, baseline: str, metrics: tuple[str, ...]
+) -> pd.DataFrame:
+    """The matched pairs in the order of reading, with the run_ids of both sides, and `ratio`: the
+    difference of a quality, the speedup of all else."""
+    found = in_order(comparisons.comparisons(frame, by, ours, baseline, metrics))
+    ids = run_ids(frame)
+    for side in ("ours", "baseline"):
+        found[f"run_ids_{side}"] = found[f"cell_id_{side}"].map(ids).fillna("")
+    is_quality = found["metric"].isin(vocabulary.QUALITIES)
+    return found.assign(ratio=found["difference"].where(is_quality, found["speedup"]))
+
+
+def run_ids(frame: pd.DataFrame) -> pd.Series:
+    """The counted runs of each cell_id, by seed and round: their ids, a space between."""
+    rows = derive.runs(frame).sort_values(["seed", "round"], kind="stable")
+    return rows.groupby("cell_id", sort=False)["run_id"].agg(" ".join)
+
+
 def in_order(found: pd.DataFrame) -> pd.DataFrame:
     suites = list(vocabulary.HEADLINES)
     metrics = [metric for names in vocabulary.HEADLINES.values() for metric in names]
@@ -436,7 +510,3 @@ def _text(value: Any, form: str = "{}") -> str:
     if value is None or pd.isna(value):
         return NONE
     return value if isinstance(value, str) else form.format(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ") or " "

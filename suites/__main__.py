@@ -232,16 +232,43 @@ def collect(
 
 @app.command()
 def report(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPERIMENT | OVERRIDE...]",
+            help="Only these runs, and what verifies them: quickstart, or suite=... family=...",
+            autocompletion=_complete,
+        ),
+    ] = None,
     results: Results = RAW,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write; default: beside the records.")
     ] = None,
-    title: Annotated[str, typer.Option("--title")] = "aerie",
+    title: Annotated[
+        str | None, typer.Option("--title", help="Default: what is asked for.")
+    ] = None,
+    figure: Annotated[
+        list[str] | None,
+        typer.Option("--figure", help="Draw this figure alone, as SVG and PNG; repeatable."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compute every cell of a written report (its folder, its report.html or its "
+            "EXPERIMENT) again from the samples; exit code 1 where one differs.",
+        ),
+    ] = False,
 ) -> None:
-    """Write report.html, and the same as Markdown, CSV, PNG and Parquet."""
+    """Write report.html, and the same as Markdown, LaTeX, CSV, Parquet, SVG and PNG."""
     from suites import commands
 
-    raise typer.Exit(commands.report(results, out, title=title))
+    asked = overrides or []
+    if verify:
+        if figure or title or len(asked) > 1:
+            raise typer.BadParameter("--verify takes one report, and neither --figure nor --title.")
+        raise typer.Exit(commands.verify(asked[0] if asked else None, results, out))
+    raise typer.Exit(commands.report(asked, results, out, title=title, names=figure or []))
 
 
 @app.command()

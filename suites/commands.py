@@ -19,6 +19,7 @@ from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
 
 AS_PLANNED, NOT_AS_PLANNED, WRONG_REQUEST = 0, 1, 2
+MAX_DIFFERENCES = 20  # of a report and its samples that are printed
 T = TypeVar("T")
 
 
@@ -42,10 +43,18 @@ def run(
     result, planned = run_pending(
         request, planned, store, overrides, rerun_stale, verify_frontier, ahead
     )
-    if result.outcomes or not reports.report_path(store, None, request.title).exists():
-        path = reports.write(store, None, title=request.title, overrides=overrides)
-    else:
-        path = reports.report_path(store, None, request.title)
+    path = reports.report_path(store, None, request.title)
+    if result.outcomes or not path.exists():
+        frame = reports.of_runs(reports.frame_of(store), [item.run for item in planned])
+        reports.write(
+            frame,
+            store,
+            path.parent,
+            title=request.title,
+            command=reports.command_of("run", overrides, store),
+            redraw=reports.command_of("report", overrides, store),
+            question=request.question,
+        )
     if as_json:
         display.print_json(
             {
@@ -89,12 +98,56 @@ def show_plan(overrides: list[str], store: Path, *, as_json: bool = False) -> in
     return AS_PLANNED
 
 
-def report(store: Path, out: Path | None, *, title: str) -> int:
+def report(
+    asked: list[str], store: Path, out: Path | None, *, title: str | None, names: list[str]
+) -> int:
+    """Of all of the store, or of the runs that an experiment or overrides name."""
     need_records(store)
+    frame = reports.frame_of(store)
+    command, question = reports.command_of("report", [], store), None
     with one_line():
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-    print(f"report: {reports.write(store, out, title=title, overrides=None)}")
+        if asked:
+            overrides = reports.overrides_of(asked)
+            request = compose.read(overrides)
+            runs = [run for settings in request.settings for run in plan.expand(settings)]
+            frame = reports.of_runs(frame, runs)
+            command = reports.command_of("run", overrides, store)
+            if frame.empty:
+                raise ValueError(f"{store} has no run of {' '.join(asked)}; first: {command}")
+            title, question = title or request.title, request.question
+        redraw = reports.command_of("report", asked, store)
+        title = title or reports.TITLE
+        folder = reports.report_path(store, out, title).parent
+        if names:
+            for path in reports.draw(frame, folder, redraw, names):
+                print(f"figure: {path}")
+            return AS_PLANNED
+        folder.mkdir(parents=True, exist_ok=True)
+    path = reports.write(
+        frame, store, folder, title=title, command=command, redraw=redraw, question=question
+    )
+    print(f"report: {path}")
+    return AS_PLANNED
+
+
+def verify(asked: str | None, store: Path, out: Path | None) -> int:
+    """Holds a written report against its samples, and these against the records of the store."""
+    with one_line():
+        path = reports.written_path(asked, store, out)
+        from analysis.verify import verify
+
+        found = verify(path, None if store == reports.DEFAULT_STORE else store)
+    for note in found.notes:
+        print(f"note: {note}")
+    for difference in found.differences[:MAX_DIFFERENCES]:
+        print(difference)
+    if (more := len(found.differences) - MAX_DIFFERENCES) > 0:
+        print(f"... and {more:,} more.")
+    cells = ", ".join(f"{count:,} {where}" for where, count in found.cells.items())
+    if found.differences:
+        print(f"{path}: {display.count(len(found.differences), 'difference')} in {cells}.")
+        return NOT_AS_PLANNED
+    print(f"{path}: verified: {cells}.")
     return AS_PLANNED
 
 

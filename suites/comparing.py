@@ -49,7 +49,10 @@ def compare(
         if ours is not None and ours == baseline:
             raise ValueError(f"--ours {ours} is the baseline too; name another: --baseline.")
         others = [ours] if ours else [value for value in compared if value != baseline]
-        made = [tables.side_by_side(frame, by, side, baseline, metrics=metrics) for side in others]
+        made = [
+            tables.side_by_side(frame, by, side, baseline, metrics=metrics, max_rows=None)
+            for side in others
+        ]
         if as_json:
             rows = []
             for side, table in zip(others, made, strict=True):

@@ -43,6 +43,7 @@ class Request:
     clusters: tuple[Cluster, ...]  # a run goes to the first that offers its device kind
     settings: list[dict[str, Any]]
     command: str = "run"  # that asked for it
+    question: str | None = None  # of the experiment's own, that its report answers
 
     @property
     def cluster(self) -> Cluster:
@@ -59,6 +60,7 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
     """The request in a list of overrides; `bare` stands before them where no suite is named."""
     typed = parse(overrides)
     experiment = typed.pop("experiment", None)
+    question = None
     if experiment is None:
         below: dict[str, list[Any]] = {}
         if "suite" not in typed:
@@ -74,7 +76,7 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
         title = ", ".join(parts)
     else:
         title = str(_single("experiment", experiment))
-        parts = _experiment_parts(title, typed)
+        question, parts = _experiment(title, typed)
     wanted = [_groups(part) for part in parts.values()]
     together = {group: list(dict.fromkeys(n for part in wanted for n in part[group]))
                 for group in defaults()}  # fmt: skip
@@ -85,7 +87,7 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
         build(Cluster, values, f"cluster={name}")
         for name, values in _clusters(next(iter(parts.values())), files).items()
     ]
-    return Request(title, tuple(clusters), settings)
+    return Request(title, tuple(clusters), settings, question=question)
 
 
 def _clusters(overrides: dict[str, list[Any]], files: "Files") -> dict[str, dict[str, Any]]:
@@ -183,24 +185,28 @@ def _single(key: str, values: list[Any]) -> Any:
     return values[0]
 
 
-def _experiment_parts(name: str, typed: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Suite to its overrides: the experiment's, then the suite's own, then what was typed."""
+def _experiment(
+    name: str, typed: dict[str, list[Any]]
+) -> tuple[str | None, dict[str, dict[str, list[Any]]]]:
+    """Its question, and suite to its overrides: the experiment's, then the suite's own, then what
+    was typed."""
     choose("experiment", name, tuple(choices("experiment")), "configs/experiment")
     where = f"configs/experiment/{name}.yaml"
     values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
-    unknown = set(values) - {"overrides", "suites"}
+    unknown = set(values) - {"overrides", "suites", "question"}
     if unknown or not values.get("suites"):
-        raise ValueError(f"{where}: needs the keys overrides and suites, and no other.")
+        raise ValueError(f"{where}: takes the keys suites, overrides and question, and no other.")
     shared = parse(values.get("overrides") or ())
     suites = _known("suite", list(values["suites"]))
     if wanted := typed.pop("suite", None):
         for suite in _known("suite", wanted):
             choose("suite", suite, tuple(suites), where)
         suites = [suite for suite in suites if suite in wanted]
-    return {
+    parts = {
         suite: _layered(suite, shared, parse(values["suites"][suite] or ()), typed)
         for suite in suites
     }
+    return values.get("question"), parts
 
 
 def _layered(suite: str, *layers: dict[str, list[Any]]) -> dict[str, list[Any]]:

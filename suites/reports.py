@@ -3,14 +3,20 @@
 import itertools
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from implementations.config import choose
 from suites import compose, display
 from suites.harness import provenance
 from suites.harness.plan import FINISHED
+from suites.harness.run import Run
 
 DEFAULT_STORE = Path("results/raw")
+TITLE = "aerie"  # of the report of a whole store
 
 
 def report_path(store: Path, out: Path | None, title: str) -> Path:
@@ -21,15 +27,84 @@ def report_path(store: Path, out: Path | None, title: str) -> Path:
     return out / "report.html"
 
 
-def write(store: Path, out: Path | None, *, title: str, overrides: list[str] | None) -> Path:
-    from analysis.report import write_report
+def written_path(asked: str | None, store: Path, out: Path | None) -> Path:
+    """Where a written report lies that was asked for by its path, by its experiment or not at all;
+    ValueError where there is none."""
+    if asked is not None and Path(asked).exists():
+        return Path(asked) / "report.html" if Path(asked).is_dir() else Path(asked)
+    title = TITLE
+    if asked is not None:
+        title = compose.read(overrides_of([asked])).title
+    path = report_path(store, out, title)
+    if not path.is_file():
+        words = command_of("report", [asked] if asked else [], store)
+        raise ValueError(f"there is no report in {path.parent}; write it first: {words}")
+    return path
 
-    command = command_of("run" if overrides else "report", overrides or [], store)
-    folder = report_path(store, out, title).parent
-    frame = frame_of(store)
+
+def write(
+    frame: Any,
+    store: Path,
+    folder: Path,
+    *,
+    title: str,
+    command: str,
+    redraw: str,
+    question: str | None,
+) -> Path:
+    from analysis.report import QUESTION, write_report
+
     return write_report(
-        store, folder, title=title, command=command, frame=frame, defaults=defaults(frame)
+        store,
+        folder,
+        title=title,
+        command=command,
+        frame=frame,
+        question=question or QUESTION,
+        redraw=redraw,
+        defaults=defaults(frame),
     )
+
+
+def draw(frame: Any, folder: Path, redraw: str, names: list[str]) -> list[Path]:
+    """These figures alone; ValueError for one that is unknown, or has nothing to draw."""
+    from analysis import figures, remember, report
+
+    for name in names:
+        choose("figure", name, tuple(figures.FIGURES), "aerie report")
+    with remember.remembering():
+        drawn = [drawing.name for drawing in report.draw(frame, folder, redraw, names)]
+    if missing := [name for name in names if name not in drawn]:
+        raise ValueError(f"no completed run has data for the figure {', '.join(missing)}.")
+    return [folder / "figures" / f"{name}.{kind}" for name in drawn for kind in ("svg", "png")]
+
+
+def overrides_of(asked: list[str]) -> list[str]:
+    """`quickstart` stands for experiment=quickstart."""
+    first, *rest = asked
+    if "=" in first:
+        return asked
+    choose("experiment", first, tuple(compose.choices("experiment")), "aerie report")
+    return [f"experiment={first}", *rest]
+
+
+def of_runs(frame: Any, runs: Iterable[Run]) -> Any:
+    """The rows of these cells and seeds, of every round that was measured, and of the parity runs
+    that verify them."""
+    from analysis import checks
+
+    wanted = {(run.cell_id, run.seed) for run in runs}
+    pairs = zip(frame["cell_id"], frame["seed"], strict=True)
+    is_wanted = np.array([pair in wanted for pair in pairs], dtype=bool)
+
+    def keys(rows: Any) -> list[tuple]:
+        texts = rows[checks.PARITY_KEY].astype(object).where(rows[checks.PARITY_KEY].notna(), None)
+        return list(texts.itertuples(index=False, name=None))
+
+    verified = set(keys(frame[is_wanted]))
+    is_parity = (frame["suite"] == "parity").to_numpy()
+    speaks = np.array([key in verified for key in keys(frame)], dtype=bool)
+    return frame[is_wanted | (is_parity & speaks)].reset_index(drop=True)
 
 
 def command_of(name: str, overrides: list[str], store: Path) -> str:
@@ -88,13 +163,13 @@ def defaults(frame: Any) -> dict[str, list[str]]:
 
 
 def print_side_by_side(store: Path, run_ids: set[str]) -> None:
-    from analysis.report import comparison_tables
+    from analysis.report import comparison_tables, pairs
 
     frame = frame_of(store)
     # parity of any earlier command verifies these runs too
     frame = frame[frame["run_id"].isin(run_ids) | (frame["suite"] == "parity")]
     # the report has every metric
-    for table in comparison_tables(frame, is_brief=True, defaults=defaults(frame)):
+    for table in comparison_tables(frame, pairs(frame, defaults(frame)), is_brief=True):
         if table.rows:
             print()
             display.print_beside(table.header, table.rows, title=table.title)

@@ -8,8 +8,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import synthetic_records as synthetic
 from interpreted import interpreted  # noqa: F401, a fixture
 from slurm_cluster import (  # noqa: F401, fixtures
     _tidy_slurm,
@@ -80,3 +82,27 @@ def tiny(family: str, **overrides) -> ModelConfig:
         window_size=None if family == "mqa" else 32,
     )
     return replace(model, **overrides)
+
+
+@pytest.fixture(scope="session")
+def quickstart_report(tmp_path_factory) -> tuple[Path, Path]:
+    """The store and the report of a whole quickstart, with one run that ran out of memory. Not to
+    be changed: tests that must, copy it."""
+    import analysis
+    from suites.harness.record import write
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    store = synthetic.quickstart(folder / "store")
+    lost = synthetic.record("training_speed", "mqa", "jax", outcome="out_of_memory", seq_len=1024,
+                            reason="killed at <7.9> GiB",
+                            samples=(synthetic.sample("init_time_s", 0.016),))  # fmt: skip
+    write(store, lost)
+    write(store, synthetic.training("mqa", "torch", 0, 1024))
+    path = analysis.write_report(
+        store,
+        folder / "report",
+        title="Quickstart",
+        command="aerie run experiment=quickstart",
+        redraw="aerie report quickstart",
+    )
+    return store, path

@@ -169,10 +169,12 @@ def test_the_report_has_a_table_of_each_ablation():
             *rounds(20, model={"size": "100m", "d_model": 768}),
         ]
     )
-    made = {table.name for table in report.comparison_tables(frame) if table.rows}
+    made = {
+        table.name for table in report.comparison_tables(frame, report.pairs(frame)) if table.rows
+    }
     assert made == {"backend_jax_torch", "attention_fused_plain",
                     "model.lambda_init_lambda_init=paper_lambda_init=code"}  # fmt: skip
-    made = report.comparison_tables(frame, defaults={"model.lambda_init": ["paper"]})
+    made = report.comparison_tables(frame, report.pairs(frame, {"model.lambda_init": ["paper"]}))
     assert "lambda_init=code beside lambda_init=paper" in [table.title for table in made]
 
 

@@ -299,7 +299,7 @@ def test_a_scan_that_never_ran_keeps_its_row(end):
     assert sides(frame, "linear_scan", "associative") == [
         ("associative", "out_of_memory", "sequential", end)
     ]
-    names = [table.name for table in report.comparison_tables(frame)]
+    names = [table.name for table in report.comparison_tables(frame, report.pairs(frame))]
     assert "linear_scan_associative_sequential" in names
 
 
@@ -372,7 +372,8 @@ def test_a_line_of_the_figure_has_one_cell_a_length():
 def test_the_answer_mixes_no_variants():
     made = [cell("jax", "sequential", 1), cell("torch", "sequential", 9),
             cell("jax", "pallas_gpu", 1), cell("torch", "triton", 2)]  # fmt: skip
-    _, frameworks = report.answer(frame_of(made))
+    frame = frame_of(made)
+    _, frameworks = report.answer(frame, report.comparison_tables(frame, report.pairs(frame)))
     for name, ratio in (("sequential", "9.00x"), ("pallas_gpu beside triton", "2.00x")):
         words = f"the recurrence alone ({name}) JAX is {ratio} as fast as PyTorch over 1 matched"
         assert words in frameworks
