@@ -33,7 +33,8 @@ def _complete(incomplete: str) -> Iterator[str]:
         if not equals:
             yield f"{folder.name}="
         elif folder.name == group:
-            yield from sorted(f"{group}={path.stem}" for path in folder.glob("*.yaml"))
+            files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+            yield from sorted(f"{group}={path.with_suffix('').as_posix()}" for path in files)
 
 
 def _share(typed: str | None) -> str | None:

@@ -6,7 +6,7 @@ Every mistake is a ValueError of one line.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -30,6 +30,7 @@ GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
 VALUES = ("dtype", "device_kind")
 UNTIL, ROUNDS = "suite.until_ci", "suite.rounds"
+EXPERIMENT = ("experiment", "scale")  # which one, and at which of its scales
 # `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.
 BARE_PLAN = ("suite=training_speed", "suite.seq_lens=[2048]",
              "suite.tokens_per_step=2048", "suite.rounds=1", "dtype=bfloat16")  # fmt: skip
@@ -59,10 +60,14 @@ class Request:
 def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
     """The request in a list of overrides; `bare` stands before them where no suite is named."""
     typed = parse(overrides)
-    experiment = typed.pop("experiment", None)
+    experiment, scale = typed.pop("experiment", None), typed.pop("scale", None)
     question = None
     if experiment is None:
         below: dict[str, list[Any]] = {}
+        if scale is not None:
+            raise ValueError(
+                f"scale={scale[0]} belongs to an experiment: experiment=paper/figure3 scale=cpu."
+            )
         if "suite" not in typed:
             if not bare:
                 raise ValueError(
@@ -76,7 +81,9 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
         title = ", ".join(parts)
     else:
         title = str(_single("experiment", experiment))
-        question, parts = _experiment(title, typed)
+        values, where = _experiment(title)
+        question = values.get("question")
+        parts = _experiment_parts(values, where, _scale(values, where, scale), typed)
     wanted = [_groups(part) for part in parts.values()]
     together = {group: list(dict.fromkeys(n for part in wanted for n in part[group]))
                 for group in defaults()}  # fmt: skip
@@ -134,7 +141,10 @@ def _unreadable(text: str, error: HydraException) -> str:
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """The files of a group; those in a folder of it are named with it: paper/figure3."""
+    folder = CONFIGS / group
+    found = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in found)
 
 
 def _values(key: str, override: Override) -> list[Any]:
@@ -150,7 +160,7 @@ def _values(key: str, override: Override) -> list[Any]:
 
 def _check_root(key: str) -> None:
     root, _, rest = key.partition(".")
-    known = [*GROUPS, *SECTIONS, *VALUES, "experiment"]
+    known = [*GROUPS, *SECTIONS, *VALUES, *EXPERIMENT]
     if root not in known:
         close = get_close_matches(root, known, n=1)
         where = f"{close[0]}.{rest}" if close and rest else (close or [""])[0]
@@ -158,7 +168,7 @@ def _check_root(key: str) -> None:
         raise ValueError(f"unknown key {key!r}. {hint}")
     if not rest and root in SECTIONS:
         raise ValueError(f"{key!r} is a section; set one of its keys, like {key}.window_size=512.")
-    if rest and root in (*VALUES, *MODEL_GROUPS, "backend", "experiment"):
+    if rest and root in (*VALUES, *MODEL_GROUPS, "backend", *EXPERIMENT):
         raise ValueError(f"unknown key {key!r}: {root!r} has no keys. Architecture is model.{rest}")
 
 
@@ -185,28 +195,59 @@ def _single(key: str, values: list[Any]) -> Any:
     return values[0]
 
 
-def _experiment(
-    name: str, typed: dict[str, list[Any]]
-) -> tuple[str | None, dict[str, dict[str, list[Any]]]]:
-    """Its question, and suite to its overrides: the experiment's, then the suite's own, then what
-    was typed."""
+def _experiment(name: str) -> tuple[dict[str, Any], str]:
+    """What the file of an experiment says, and where that stands."""
     choose("experiment", name, tuple(choices("experiment")), "configs/experiment")
     where = f"configs/experiment/{name}.yaml"
     values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
-    unknown = set(values) - {"overrides", "suites", "question"}
-    if unknown or not values.get("suites"):
-        raise ValueError(f"{where}: takes the keys suites, overrides and question, and no other.")
-    shared = parse(values.get("overrides") or ())
+    known = ("question", "overrides", "suites", "scales")
+    for key in values:
+        choose("key", key, known, where)
+    if not values.get("suites"):
+        raise ValueError(f"{where}: needs the key suites.")
+    if not isinstance(values.get("question", ""), str):
+        raise ValueError(f"{where}: question={values['question']!r}; must be text.")
+    return values, where
+
+
+def _scale(values: dict[str, Any], where: str, typed: list[Any] | None) -> dict[str, Any]:
+    """What the scale that was typed lays over the experiment: overrides and suites, as it has."""
+    if typed is None:
+        return {}
+    name = str(_single("scale", typed))
+    scales = values.get("scales") or {}
+    if not scales:
+        raise ValueError(f"scale={name}: {where} has no scales; leave it out.")
+    found = scales[choose("scale", name, tuple(map(str, scales)), where)]
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{where}, scale {name}: has the keys overrides and suites, not {found!r}."
+        )
+    for key in found:
+        choose("key", key, ("overrides", "suites"), f"{where}, scale {name}")
+    for suite in found.get("suites") or ():
+        choose("suite", suite, tuple(values["suites"]), f"{where}, scale {name}")
+    return found
+
+
+def _experiment_parts(
+    values: dict[str, Any], where: str, scale: dict[str, Any], typed: dict[str, list[Any]]
+) -> dict[str, dict[str, list[Any]]]:
+    """Suite to its overrides: the experiment's, the suite's own, the same two of the scale, and
+    what was typed."""
     suites = _known("suite", list(values["suites"]))
     if wanted := typed.pop("suite", None):
         for suite in _known("suite", wanted):
             choose("suite", suite, tuple(suites), where)
         suites = [suite for suite in suites if suite in wanted]
-    parts = {
-        suite: _layered(suite, shared, parse(values["suites"][suite] or ()), typed)
-        for suite in suites
-    }
-    return values.get("question"), parts
+
+    def layers(suite: str) -> Iterator[dict[str, list[Any]]]:
+        for layer in (values, scale):
+            yield parse(layer.get("overrides") or ())
+            yield parse((layer.get("suites") or {}).get(suite) or ())
+        yield typed
+
+    return {suite: _layered(suite, *layers(suite)) for suite in suites}
 
 
 def _layered(suite: str, *layers: dict[str, list[Any]]) -> dict[str, list[Any]]:

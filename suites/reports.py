@@ -20,10 +20,12 @@ TITLE = "aerie"  # of the report of a whole store
 
 
 def report_path(store: Path, out: Path | None, title: str) -> Path:
-    """results/reports/<title> for results/raw; a folder `report` inside any other store."""
+    """results/reports/<title> for results/raw; a folder `report` inside any other store. An
+    experiment that lies in a folder has its report in one: reports/paper/figure3."""
     if out is None:
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in title)
-        out = store.parent / "reports" / name if store.name == "raw" else store / "report"
+        kept = "".join(c if c.isalnum() or c in "-_/" else "_" for c in title)
+        parts = [part for part in kept.split("/") if part]
+        out = store.parent.joinpath("reports", *parts) if store.name == "raw" else store / "report"
     return out / "report.html"
 
 
