@@ -1,0 +1,357 @@
+"""What our records say of a claim: quantities with intervals, grouped by the settings they share.
+
+A quantity is a ratio of times or a difference of losses, taken within a round (or a seed) on one
+node, and the interval over rounds. A finding is what one group of settings (backend, dtype,
+device, size, ...) says; it names what it lacks of the paper's scale. Families with another pattern
+than the paper's are no evidence.
+"""
+
+import json
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from analysis import checks, derive, published, statistics, style
+from analysis.remember import remembered
+from analysis.vocabulary import plain
+
+MIN_SEEDS = 3  # below: no verdict on quality
+RATIO, NATS = "x", "nats/token"
+ROUND, SEED = ("node", "seed", "round"), ("seed",)  # what makes two processes a pair
+INF = float("inf")
+ABOVE_ONE, ABOVE_ZERO, BELOW_ZERO = (1.0, INF), (0.0, INF), (-INF, 0.0)
+ANY = (-INF, INF)  # a number that is told and not judged
+ACCELERATOR, TPU = "accelerator", "tpu"  # what a claim about speed is about
+TPUS = ("v4", "v5e", "v5p", "v6e")
+PATTERNS = {"mqa": ["mqa"], "mqa_local": ["mqa"], "hawk": ["rg_lru"],
+            "griffin": ["rg_lru", "rg_lru", "mqa"]}  # fmt: skip
+WINDOW = 1024
+WIDTHS = ("d_model", "d_rnn", "num_layers", "num_heads")
+
+Region = tuple[float, float]
+Key = tuple[Hashable, ...]
+
+
+def within(value: float, share: float) -> Region:
+    return value / (1 + share), value * (1 + share)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    label: str
+    value: float
+    interval: Region | None  # None: unknown; of an exact value both its ends
+    holds: Region  # where the claim says that it lies
+    unit: str = RATIO
+
+    @property
+    def does_hold(self) -> bool | None:
+        """None where the interval, or its absence, leaves it open."""
+        if self.holds == ANY:
+            return True
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        if self.holds[0] <= low and high <= self.holds[1]:
+            return True
+        return False if high < self.holds[0] or low > self.holds[1] else None
+
+    def number(self) -> str:
+        form = "{:+.4f}" if self.unit == NATS else "{:.3g}"
+        text = form.format(self.value) + ("x" if self.unit == RATIO else "")
+        if self.interval is not None and self.interval[0] < self.interval[1]:
+            text += f" [{', '.join(form.format(edge) for edge in self.interval)}]"
+        return f"{text} {NATS}" if self.unit == NATS else text
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one group of settings says of a claim."""
+
+    where: str
+    quantities: tuple[Quantity, ...]
+    lacks: tuple[str, ...] = ()  # of the paper's scale
+    count: int = 0  # rounds or seeds, of the quantity that has fewest
+    unit: str | None = None  # "round" or "seed"; None: exact, nothing is counted
+    is_verified: bool = True
+    run_ids: tuple[str, ...] = ()
+
+    @property
+    def least(self) -> int:
+        return {"round": statistics.MIN_ROUNDS, "seed": MIN_SEEDS, None: 0}[self.unit]
+
+    @property
+    def holds(self) -> bool | None:
+        """False as soon as one quantity lies elsewhere; None while one is open."""
+        found = [quantity.does_hold for quantity in self.quantities]
+        return False if False in found else None if None in found else True
+
+    @property
+    def is_evidence(self) -> bool:
+        return not self.shortcomings()
+
+    def shortcomings(self) -> list[str]:
+        made = list(self.lacks)
+        if self.unit and not self.count:
+            made.append(
+                f"no {self.unit} of all on one node"
+                if self.unit == "round"
+                else "no seed that all have"
+            )
+        elif self.count < self.least:
+            made.append(f"{_count(self.count, self.unit)} of {self.least}")
+        if not self.is_verified:
+            made.append(checks.UNVERIFIED)
+        if self.holds is None and self.count >= self.least:
+            made.append("not resolved: the interval holds both")
+        return made
+
+    def numbers(self) -> str:
+        return "; ".join(f"{one.label}: {one.number()}" for one in self.quantities)
+
+    def text(self) -> str:
+        counted = f" ({_count(self.count, self.unit)})" if self.unit else ""
+        return f"{self.where}{counted}: {self.numbers()}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+# Groups of processes ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one group of settings: a column for each key (the family, then what is
+    varied), a row for each node, seed and round."""
+
+    settings: dict[str, Any]
+    values: pd.DataFrame
+    verified: dict[Key, bool]
+    ids: dict[Key, tuple[str, ...]]
+    facts: dict[Key, dict[str, Any]]  # one row of each column
+
+    def has(self, *keys: Key) -> bool:
+        return all(key in self.values for key in keys)
+
+    def varied(self, place: int = 1, family: str | None = None) -> list[Any]:
+        """What is there at one place of the keys (of a family), in order."""
+        return sorted({key[place] for key in self.values if family in (None, key[0])})
+
+    def ratio(
+        self, label: str, over: Sequence[Key], under: Sequence[Key], holds: Region
+    ) -> tuple[Quantity, int]:
+        """The product of some columns over that of others, row by row; and how many rows."""
+        rows = self.values[[*over, *under]].dropna()
+        if rows.empty:  # not on one node: the bare ratio of medians
+            medians = self.values.median()
+            value = float(medians[list(over)].prod() / medians[list(under)].prod())
+            return Quantity(label, value, None, holds), 0
+        top, bottom = rows[list(over)].prod(axis=1), rows[list(under)].prod(axis=1)
+        found = statistics.compare(bottom.to_numpy(), top.to_numpy())
+        value = float("nan") if found.speedup is None else found.speedup
+        return Quantity(label, value, found.interval, holds), len(rows)
+
+    def difference(
+        self, label: str, plus: Sequence[Key], minus: Sequence[Key], holds: Region
+    ) -> tuple[Quantity, int]:
+        rows = self.values[[*plus, *minus]].dropna()
+        found = rows[list(plus)].sum(axis=1) - rows[list(minus)].sum(axis=1)
+        interval = statistics.student_interval(found.to_numpy())
+        if rows.empty:
+            means = self.values.mean()
+            found = means[list(plus)].sum() - means[list(minus)].sum()
+        value = float(found.mean())
+        return Quantity(label, value, interval, holds, NATS), len(rows)
+
+    def finding(
+        self,
+        made: Sequence[tuple[Quantity, int]],
+        keys: Sequence[Key],
+        lacks: Sequence[str],
+        unit: str = "round",
+    ) -> Iterator[Finding]:
+        """One finding, or none where nothing was found."""
+        if made:
+            ids = dict.fromkeys(run_id for key in keys for run_id in self.ids[key])
+            yield Finding(
+                where=where(self.settings),
+                quantities=tuple(quantity for quantity, _ in made),
+                lacks=tuple(dict.fromkeys(lacks)),
+                count=min(count for _, count in made),
+                unit=unit,
+                is_verified=all(self.verified[key] for key in keys),
+                run_ids=tuple(ids),
+            )
+
+
+@remembered
+def rows_of(frame: pd.DataFrame, suite: str, metric: str) -> pd.DataFrame:
+    """Processes of one suite and metric, of the paper's patterns, and what their settings say:
+    `shared_model` (what families share), `other_kernels` (all but the scan), `recipe` (of the
+    optimizer, without its length), `num_tokens` of a step or of the training, `lack_of_size`."""
+    rows = derive.processes(frame)
+    rows = rows[(rows["suite"] == suite) & (rows["metric"] == metric)]
+    models = [shape_of(text) for text in rows["model"]]
+    is_kept = [
+        model["pattern"] == PATTERNS.get(family)
+        for model, family in zip(models, rows["family"], strict=True)
+    ]
+    num_steps = rows["num_steps"].astype("float64").fillna(1)
+    made = {
+        "shared_model": [model["shared_model"] for model in models],
+        "d_rnn": [model.get("d_rnn") for model in models],
+        "lambda_init": [model.get("lambda_init") for model in models],
+        "lack_of_size": list(map(lack_of_size, rows["size"], models)),
+        "other_kernels": [_without_scan(text) for text in rows["kernels"]],
+        "recipe": [_recipe(text) for text in rows["optimizer"]],
+        "num_tokens": num_steps * rows["batch_size"].astype(float) * rows["seq_len"].astype(float),
+    }
+    made = {
+        name: pd.Series(list(values), rows.index, dtype=object) for name, values in made.items()
+    }
+    return rows.assign(**made)[pd.Series(is_kept, rows.index, dtype=bool)]
+
+
+@cache
+def shape_of(text: str) -> dict[str, Any]:
+    """A model's settings; `shared_model` is what its families share."""
+    model = json.loads(text)
+    shared = {k: v for k, v in model.items() if k not in ("pattern", "window_size")}
+    return model | {"shared_model": json.dumps(shared, sort_keys=True)}
+
+
+@cache
+def _without_scan(text: str) -> str:
+    kernels = json.loads(text)
+    return json.dumps({k: v for k, v in kernels.items() if k != "linear_scan"}, sort_keys=True)
+
+
+@cache
+def _recipe(text: str | None) -> str:
+    """The optimizer, without the schedule that ends with its run."""
+    return re.sub(r"num_(warmup_)?steps=\w+,? ?", "", text or "")
+
+
+@cache
+def widths() -> dict[str, dict[str, float]]:
+    """Of table 2, by size, the smallest first."""
+    table = published.read("table2")
+    table = table[table["metric"].isin(WIDTHS)]
+    return {
+        size: dict(zip(rows["metric"], rows["value"], strict=True))
+        for size, rows in table.groupby("size", sort=False)
+    }
+
+
+def in_order(keys: Iterable[Key]) -> list[Key]:
+    """Keys that begin with a size of table 2, the smallest first."""
+    order = list(widths())
+    return sorted((key for key in keys if key[0] in order), key=lambda key: order.index(key[0]))
+
+
+def lack_of_size(size: str, model: dict[str, Any]) -> str | None:
+    """Why a model is none of table 2."""
+    if size not in widths():
+        return f"size {size}, which the paper does not have"
+    wanted = widths()[size]
+    changed = [name for name in WIDTHS if model.get(name) not in (None, wanted[name])]
+    return f"size {size} with another {changed[0]}" if changed else None
+
+
+def groups(
+    rows: pd.DataFrame, varied: Sequence[str], shared: Sequence[str], pairs: Sequence[str] = ROUND
+) -> Iterator[Group]:
+    """Groups of processes that share the machine and these settings; their columns are the family
+    and `varied`, their rows what `pairs` says. Of several windows each has a group, with the models
+    beside it that have none."""
+    shared = ["backend", "dtype", "device_kind", "device_name", "num_devices", *shared]
+    for _, part in rows.groupby(shared, dropna=False, sort=False):
+        windows = sorted(part["window_size"].dropna().unique())
+        for window in windows or [None]:
+            is_here = part["window_size"].isna() | (part["window_size"].fillna(0) == (window or 0))
+            yield _group(part[is_here], varied, shared, pairs, window)
+
+
+def _group(
+    rows: pd.DataFrame,
+    varied: Sequence[str],
+    shared: Sequence[str],
+    pairs: Sequence[str],
+    window: int | None,
+) -> Group:
+    settings = {name: plain(rows[name].iloc[0]) for name in shared}
+    settings |= {"window_size": plain(window), "attention": _attention(rows)}
+    columns, verified, ids, facts = {}, {}, {}, {}
+    for values, part in rows.groupby(["family", *varied], dropna=False, sort=False):
+        key = tuple(plain(value) for value in values)
+        columns[key] = part.groupby(list(pairs), dropna=False)["value"].median().astype(float)
+        verified[key] = bool((part["parity"] == checks.GREEN).all())
+        ids[key] = tuple(dict.fromkeys(part["run_id"]))
+        facts[key] = part.iloc[0].to_dict()
+    table = pd.DataFrame(dict(enumerate(columns.values())))
+    table.columns = pd.Index(list(columns), tupleize_cols=False)
+    return Group(settings, table, verified, ids, facts)
+
+
+def _attention(rows: pd.DataFrame) -> str | None:
+    """Which attention MQA ran, where it is there: fused or not decides how it grows."""
+    found = rows.loc[rows["family"] == "mqa", "attention"].dropna().unique()
+    return "/".join(sorted(found)) or None
+
+
+def where(settings: dict[str, Any]) -> str:
+    words = [str(settings[name]) for name in ("size", "backend", "dtype") if settings.get(name)]
+    words.append(str(settings.get("device_name") or settings.get("device_kind")))
+    if settings.get("attention"):
+        words.append(f"{settings['attention']} attention")
+    return ", ".join(words)
+
+
+def lacks_of(
+    group: Group, keys: Sequence[Key], sizes: Sequence[str], device: str | None = ACCELERATOR
+) -> list[str]:
+    """What a group lacks of the paper's scale: its size, and the kind of device it speaks of."""
+    made = []
+    for fact in (group.facts[key] for key in keys):
+        if fact["lack_of_size"]:
+            made.append(fact["lack_of_size"])
+        elif fact["size"] not in sizes:
+            made.append(f"size {fact['size']}, not {any_of(sizes)}")
+    window = group.settings["window_size"]
+    if not made and window not in (None, WINDOW):
+        made.append(f"a window of {window:,}, not {WINDOW:,}")
+    if device is not None:
+        made += lacks_of_device(group.settings["device_kind"], device)
+    return list(dict.fromkeys(made))
+
+
+def lacks_of_device(kind: str, device: str) -> list[str]:
+    if kind == "cpu":
+        return ["on a CPU"]
+    return [f"on a {kind}, not a TPU"] if device == TPU and kind not in TPUS else []
+
+
+def any_of(words: Sequence[Any]) -> str:
+    texts = [word if isinstance(word, str) else f"{word:,}" for word in words]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def ends_of(found: Iterable[int], wanted: tuple[int, int]) -> tuple[int, int, list[str]] | None:
+    """The two lengths to compare: the paper's, where both are there, else the ends; what lacks."""
+    found = sorted(set(found))
+    if set(wanted) <= set(found):
+        return (*wanted, [])
+    if len(found) < 2:
+        return None
+    low, high = found[0], found[-1]
+    return low, high, [f"{low:,} and {high:,} tokens, not {wanted[0]:,} and {wanted[1]:,}"]
+
+
+def label_of(family: str) -> str:
+    return "MQA" if family == "mqa" else style.family_label(family)
