@@ -27,7 +27,7 @@ def remembered(function: Callable) -> Callable:
     def recall(frame: pd.DataFrame, *args: Any) -> Any:
         if _memory is None:
             return function(frame, *args)
-        key = (function.__name__, id(frame), args)
+        key = (function, id(frame), args)
         if key not in _memory:
             _memory[key] = (frame, function(frame, *args))  # the frame kept: its id stays its own
         return _memory[key][1]

@@ -1,6 +1,6 @@
 """Evidence on decoding: latency (figure 4) and throughput (figure 1b)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -20,6 +20,7 @@ from analysis.evidence.groups import (
     rows_of,
     within,
 )
+from analysis.remember import remembered
 
 SIZES = ("1b",)  # of figures 1(b) and 4
 BATCH_SIZE, LONG_PROMPT = 16, 4096
@@ -28,7 +29,8 @@ SAMPLES = (512, 4096)  # of figure 1(b)
 MIDDLE = 512  # new tokens before the curves of figure 4 cross
 
 
-def _latency(frame: pd.DataFrame) -> Iterator[Group]:
+@remembered
+def _latency(frame: pd.DataFrame) -> list[Group]:
     rows = rows_of(frame, "decode_latency", "tpot_ms")
     shared = ["size", "shared_model", "kernels", "batch_size"]
     return groups(rows, ["prompt_len", "num_new_tokens"], shared)
@@ -44,7 +46,7 @@ def _lacks_of_latency(group: Group, keys: Sequence[Key], n: int, wanted: int) ->
 def _outputs(group: Group, prompt_lens: Sequence[int], *families: str) -> list[int]:
     """The new tokens that all of these families have after each of these prompts."""
     found = [
-        {key[2] for key in group.values if key[:2] == (family, prompt_len)}
+        {key[2] for key in group.columns if key[:2] == (family, prompt_len)}
         for family in families
         for prompt_len in prompt_lens
     ]
@@ -123,7 +125,8 @@ def latency_at_512(frame: pd.DataFrame) -> list[Finding]:
     return made
 
 
-def _throughput(frame: pd.DataFrame) -> Iterator[Group]:
+@remembered
+def _throughput(frame: pd.DataFrame) -> list[Group]:
     """The best batch of each process, and what ended its search."""
     rows = rows_of(frame, "decode_throughput", "tokens_per_s")
     best = rows.groupby("run_id", sort=False)["value"].transform("max")

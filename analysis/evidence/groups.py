@@ -9,15 +9,15 @@ than the paper's are no evidence.
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import checks, derive, published, statistics, style
 from analysis.remember import remembered
-from analysis.vocabulary import plain
 
 MIN_SEEDS = 3  # below: no verdict on quality
 RATIO, NATS = "x", "nats/token"
@@ -125,49 +125,56 @@ def _count(number: int, word: str) -> str:
 # Groups of processes ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """The processes of one group of settings: a column for each key (the family, then what is
-    varied), a row for each node, seed and round."""
+    varied), a row for each node, seed and round. Plain values: there may be thousands of groups."""
 
     settings: dict[str, Any]
-    values: pd.DataFrame
-    verified: dict[Key, bool]
-    ids: dict[Key, tuple[str, ...]]
-    facts: dict[Key, dict[str, Any]]  # one row of each column
+    columns: dict[Key, dict[Key, float]] = field(default_factory=dict)
+    verified: dict[Key, bool] = field(default_factory=dict)
+    ids: dict[Key, tuple[str, ...]] = field(default_factory=dict)
+    facts: dict[Key, dict[str, Any]] = field(default_factory=dict)  # one process of each column
 
     def has(self, *keys: Key) -> bool:
-        return all(key in self.values for key in keys)
+        return all(key in self.columns for key in keys)
 
     def varied(self, place: int = 1, family: str | None = None) -> list[Any]:
         """What is there at one place of the keys (of a family), in order."""
-        return sorted({key[place] for key in self.values if family in (None, key[0])})
+        return sorted({key[place] for key in self.columns if family in (None, key[0])})
+
+    def rows(self, keys: Sequence[Key]) -> np.ndarray:
+        """The values of these columns in the rows that all have."""
+        shared = [row for row in self.columns[keys[0]]
+                  if all(row in self.columns[key] for key in keys)]  # fmt: skip
+        return np.array([[self.columns[key][row] for key in keys] for row in shared], ndmin=2)
 
     def ratio(
         self, label: str, over: Sequence[Key], under: Sequence[Key], holds: Region
     ) -> tuple[Quantity, int]:
         """The product of some columns over that of others, row by row; and how many rows."""
-        rows = self.values[[*over, *under]].dropna()
-        if rows.empty:  # not on one node: the bare ratio of medians
-            medians = self.values.median()
-            value = float(medians[list(over)].prod() / medians[list(under)].prod())
-            return Quantity(label, value, None, holds), 0
-        top, bottom = rows[list(over)].prod(axis=1), rows[list(under)].prod(axis=1)
-        found = statistics.compare(bottom.to_numpy(), top.to_numpy())
+        rows = self.rows([*over, *under])
+        if not rows.size:  # not on one node: the bare ratio of medians
+            top, bottom = (np.prod([self._median(key) for key in keys]) for keys in (over, under))
+            return Quantity(label, float(top / bottom), None, holds), 0
+        top, bottom = rows[:, : len(over)].prod(axis=1), rows[:, len(over) :].prod(axis=1)
+        found = statistics.compare(bottom, top)
         value = float("nan") if found.speedup is None else found.speedup
         return Quantity(label, value, found.interval, holds), len(rows)
 
     def difference(
         self, label: str, plus: Sequence[Key], minus: Sequence[Key], holds: Region
     ) -> tuple[Quantity, int]:
-        rows = self.values[[*plus, *minus]].dropna()
-        found = rows[list(plus)].sum(axis=1) - rows[list(minus)].sum(axis=1)
-        interval = statistics.student_interval(found.to_numpy())
-        if rows.empty:
-            means = self.values.mean()
-            found = means[list(plus)].sum() - means[list(minus)].sum()
-        value = float(found.mean())
-        return Quantity(label, value, interval, holds, NATS), len(rows)
+        rows = self.rows([*plus, *minus])
+        if not rows.size:
+            value = sum(map(self._median, plus)) - sum(map(self._median, minus))
+            return Quantity(label, float(value), None, holds, NATS), 0
+        found = rows[:, : len(plus)].sum(axis=1) - rows[:, len(plus) :].sum(axis=1)
+        interval = statistics.student_interval(found)
+        return Quantity(label, float(found.mean()), interval, holds, NATS), len(rows)
+
+    def _median(self, key: Key) -> float:
+        return float(np.median(list(self.columns[key].values())))
 
     def finding(
         self,
@@ -266,42 +273,49 @@ def lack_of_size(size: str, model: dict[str, Any]) -> str | None:
 
 def groups(
     rows: pd.DataFrame, varied: Sequence[str], shared: Sequence[str], pairs: Sequence[str] = ROUND
-) -> Iterator[Group]:
+) -> list[Group]:
     """Groups of processes that share the machine and these settings; their columns are the family
     and `varied`, their rows what `pairs` says. Of several windows each has a group, with the models
     beside it that have none."""
     shared = ["backend", "dtype", "device_kind", "device_name", "num_devices", *shared]
-    for _, part in rows.groupby(shared, dropna=False, sort=False):
-        windows = sorted(part["window_size"].dropna().unique())
-        for window in windows or [None]:
-            is_here = part["window_size"].isna() | (part["window_size"].fillna(0) == (window or 0))
-            yield _group(part[is_here], varied, shared, pairs, window)
+    found: dict[Key, list[dict[str, Any]]] = {}
+    texts = rows.astype(object).where(rows.notna(), None)
+    for row in texts.to_dict("records"):
+        found.setdefault(tuple(row[name] for name in shared), []).append(row)
+    made = []
+    for values, part in found.items():
+        windows = {row["window_size"] for row in part} - {None}
+        for window in sorted(windows) or [None]:
+            here = [row for row in part if row["window_size"] in (None, window)]
+            settings = dict(zip(shared, values, strict=True)) | {"window_size": window}
+            made.append(_group(here, varied, settings, pairs))
+    return made
 
 
 def _group(
-    rows: pd.DataFrame,
+    rows: list[dict[str, Any]],
     varied: Sequence[str],
-    shared: Sequence[str],
+    settings: dict[str, Any],
     pairs: Sequence[str],
-    window: int | None,
 ) -> Group:
-    settings = {name: plain(rows[name].iloc[0]) for name in shared}
-    settings |= {"window_size": plain(window), "attention": _attention(rows)}
-    columns, verified, ids, facts = {}, {}, {}, {}
-    for values, part in rows.groupby(["family", *varied], dropna=False, sort=False):
-        key = tuple(plain(value) for value in values)
-        columns[key] = part.groupby(list(pairs), dropna=False)["value"].median().astype(float)
-        verified[key] = bool((part["parity"] == checks.GREEN).all())
-        ids[key] = tuple(dict.fromkeys(part["run_id"]))
-        facts[key] = part.iloc[0].to_dict()
-    table = pd.DataFrame(dict(enumerate(columns.values())))
-    table.columns = pd.Index(list(columns), tupleize_cols=False)
-    return Group(settings, table, verified, ids, facts)
+    group = Group(settings | {"attention": _attention(rows)})
+    columns: dict[Key, list[dict[str, Any]]] = {}
+    for row in rows:
+        columns.setdefault((row["family"], *(row[name] for name in varied)), []).append(row)
+    for key, column in columns.items():
+        values: dict[Key, list[float]] = {}
+        for row in column:
+            values.setdefault(tuple(row[name] for name in pairs), []).append(row["value"])
+        group.columns[key] = {place: float(np.median(each)) for place, each in values.items()}
+        group.verified[key] = all(row["parity"] == checks.GREEN for row in column)
+        group.ids[key] = tuple(dict.fromkeys(row["run_id"] for row in column))
+        group.facts[key] = column[0]
+    return group
 
 
-def _attention(rows: pd.DataFrame) -> str | None:
+def _attention(rows: list[dict[str, Any]]) -> str | None:
     """Which attention MQA ran, where it is there: fused or not decides how it grows."""
-    found = rows.loc[rows["family"] == "mqa", "attention"].dropna().unique()
+    found = {row["attention"] for row in rows if row["family"] == "mqa"} - {None}
     return "/".join(sorted(found)) or None
 
 

@@ -1,6 +1,6 @@
 """Evidence on what is learned: figure 1(a), figure 5 within the training length, figure 9."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -26,6 +26,7 @@ from analysis.evidence.groups import (
     lacks_of,
     rows_of,
 )
+from analysis.remember import remembered
 
 SIZES = ("100m", "200m", "400m", "1b", "7b", "14b")  # of figure 1(a)
 LENGTHS = (2048, 4096, 8192)  # of figure 9
@@ -33,7 +34,7 @@ MIN_SIZES = 3  # of figure 1(a), that "every" and "a power" may be said
 R_SQUARED = (0.99, INF)
 
 
-def _losses(frame: pd.DataFrame, varied: Sequence[str], shared: Sequence[str]) -> Iterator[Group]:
+def _losses(frame: pd.DataFrame, varied: Sequence[str], shared: Sequence[str]) -> list[Group]:
     rows = rows_of(frame, "language_modeling", "loss")
     return groups(rows, varied, ["kernels", "data", "recipe", *shared], SEED)
 
@@ -56,7 +57,8 @@ def _lacks(group: Group, keys: Sequence[Key], sizes: Sequence[str] = SIZES) -> l
     return list(dict.fromkeys(lacks))
 
 
-def _by_budget(frame: pd.DataFrame) -> Iterator[Group]:
+@remembered
+def _by_budget(frame: pd.DataFrame) -> list[Group]:
     """The size and the tokens varied."""
     return _losses(frame, ["size", "shared_model", "num_tokens"], ["seq_len"])
 
@@ -64,7 +66,7 @@ def _by_budget(frame: pd.DataFrame) -> Iterator[Group]:
 def _at_scale(group: Group, *families: str) -> tuple[list[Key], list[Key]]:
     """Sizes with their tokens that all of these families have: the paper's, and the others."""
     found: tuple[list[Key], list[Key]] = [], []
-    for budget in dict.fromkeys(key[1:] for key in group.values):
+    for budget in dict.fromkeys(key[1:] for key in group.columns):
         keys = [(family, *budget) for family in families]
         if group.has(*keys):
             found[bool(_lacks(group, keys))].append(budget)
@@ -99,7 +101,7 @@ def gap_of_hawk(frame: pd.DataFrame) -> list[Finding]:
     """Between neighbours in size: Hawk's gap in the smaller less that in the larger."""
     made = []
     for group in _by_budget(frame):
-        for small, large in pairwise(in_order(sorted({key[1:] for key in group.values}))):
+        for small, large in pairwise(in_order(sorted({key[1:] for key in group.columns}))):
             keys = [(family, *size) for size in (small, large) for family in ("hawk", "mqa")]
             if small[0] == large[0] or not group.has(*keys):
                 continue
@@ -122,8 +124,7 @@ def power_law(frame: pd.DataFrame) -> list[Finding]:
             papers, others = _at_scale(group, family)
             budgets = papers if not _lacks_of_sizes(papers) else [*papers, *others]
             keys = [(family, *budget) for budget in budgets]
-            losses = group.values[keys].dropna().to_numpy()
-            if _lacks_of_sizes(budgets) or not len(losses):
+            if _lacks_of_sizes(budgets) or not (losses := group.rows(keys)).size:
                 continue
             flops = [
                 group.facts[key]["train_flops_per_token"] * group.facts[key]["num_tokens"]

@@ -1,6 +1,6 @@
 """Evidence on the speed of training and of the scan: figures 3 and 8, appendix D."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, product
 
 import pandas as pd
@@ -25,6 +25,7 @@ from analysis.evidence.groups import (
     shape_of,
     where,
 )
+from analysis.remember import remembered
 
 SIZES = ("400m", "1b", "7b")  # of figures 3 and 8(b)
 LENGTHS = (2048, 8192)  # the ends of figure 3
@@ -32,14 +33,32 @@ LENGTHS_OF_SCANS = (1024, 2048, 4096, 8192, 16384)
 HAND_WRITTEN = ("pallas_tpu", "pallas_gpu", "triton", "triton_split")
 
 
-def _training(frame: pd.DataFrame, sizes_apart: bool = True) -> Iterator[Group]:
-    """Steps of equal tokens, the length varied; else the size and the length."""
+@remembered
+def _steps(frame: pd.DataFrame) -> list[Group]:
+    """Steps of equal tokens, the length varied."""
     rows = rows_of(frame, "training_speed", "step_time_ms")
-    of_size = ["size", "shared_model"]
-    if sizes_apart:
-        return groups(rows, ["seq_len"], [*of_size, "kernels", "num_tokens"])
-    # tokens a step may differ: growth is a ratio within one size
-    return groups(rows, [*of_size, "num_tokens", "seq_len"], ["kernels"])
+    return groups(rows, ["seq_len"], ["size", "shared_model", "kernels", "num_tokens"])
+
+
+def _steps_by_size(frame: pd.DataFrame) -> list[Group]:
+    """The size and the length varied. Tokens a step may differ: growth is a ratio within a size."""
+    rows = rows_of(frame, "training_speed", "step_time_ms")
+    return groups(rows, ["size", "shared_model", "num_tokens", "seq_len"], ["kernels"])
+
+
+@remembered
+def _steps_by_scan(frame: pd.DataFrame) -> list[Group]:
+    rows = rows_of(frame, "training_speed", "step_time_ms")
+    rows = rows[rows["family"] == "hawk"]
+    shared = ["size", "shared_model", "other_kernels", "num_tokens"]
+    return groups(rows, ["linear_scan", "seq_len"], shared)
+
+
+@remembered
+def _scans(frame: pd.DataFrame) -> list[Group]:
+    rows = rows_of(frame, "kernel_speed", "op_time_ms")
+    rows = rows[(rows["op"] == "linear_scan") & (rows["work_phase"] == "evaluate")]
+    return groups(rows, ["linear_scan", "seq_len"], ["shared_model", "other_kernels", "batch_size"])
 
 
 def step_growth(
@@ -51,7 +70,7 @@ def step_growth(
     sizes: Sequence[str] = SIZES,
 ) -> list[Finding]:
     made = []
-    for group in _training(frame):
+    for group in _steps(frame):
         both = set(group.varied(family="mqa")) & set(group.varied(family="griffin"))
         if (ends := ends_of(both, LENGTHS)) is None:
             continue
@@ -70,7 +89,7 @@ def step_growth(
 
 def step_ratio(frame: pd.DataFrame) -> list[Finding]:
     made = []
-    for group in _training(frame):
+    for group in _steps(frame):
         lengths = set(group.varied(family="griffin")) & set(group.varied(family="mqa"))
         if not lengths:
             continue
@@ -87,9 +106,9 @@ def step_ratio(frame: pd.DataFrame) -> list[Finding]:
 def step_growth_by_size(frame: pd.DataFrame) -> list[Finding]:
     """Between neighbours in size: MQA's growth in the smaller over that in the larger."""
     made = []
-    for group in _training(frame, sizes_apart=False):
+    for group in _steps_by_size(frame):
         lengths: dict[tuple, set[int]] = {}
-        for family, *size, length in group.values:
+        for family, *size, length in group.columns:
             if family == "mqa":
                 lengths.setdefault(tuple(size), set()).add(length)
         for small, large in pairwise(in_order(lengths)):
@@ -112,11 +131,8 @@ def scan_in_step(frame: pd.DataFrame, variant: str, holds: Region) -> list[Findi
     """Hawk's step with a variant of the scan over that with the native loop, of a TPU. Other
     devices' own kernels are told in the place of a TPU's."""
     own = HAND_WRITTEN if variant in HAND_WRITTEN else (variant,)
-    rows = rows_of(frame, "training_speed", "step_time_ms")
-    rows = rows[rows["family"] == "hawk"]
-    shared = ["size", "shared_model", "other_kernels", "num_tokens"]
     made = []
-    for group in groups(rows, ["linear_scan", "seq_len"], shared):
+    for group in _steps_by_scan(frame):
         for name, length in product(own, group.varied(2)):
             keys = [("hawk", name, length), ("hawk", "sequential", length)]
             if group.has(*keys):
@@ -131,13 +147,10 @@ def scans(
 ) -> list[Finding]:
     """The time of one variant of the scan over that of another, at every length that both have;
     fast=None stands for each hand-written kernel."""
-    rows = rows_of(frame, "kernel_speed", "op_time_ms")
-    rows = rows[(rows["op"] == "linear_scan") & (rows["work_phase"] == "evaluate")]
     made = []
-    shared = ["shared_model", "other_kernels", "batch_size"]
-    for group in groups(rows, ["linear_scan", "seq_len"], shared):
+    for group in _scans(frame):
         names = (fast,) if fast else HAND_WRITTEN
-        for family, name in product(sorted({key[0] for key in group.values}), names):
+        for family, name in product(sorted({key[0] for key in group.columns}), names):
             lengths = [
                 t for t in group.varied(2) if group.has((family, slow, t), (family, name, t))
             ]
