@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analysis import (
+    claims,
     derive,
     figures,
     formats,
@@ -64,19 +65,27 @@ class Section:
 
 
 def sections(
-    frame: pd.DataFrame, beside: Sequence[Pair], drawings: Sequence[Drawing] = ()
+    frame: pd.DataFrame,
+    beside: Sequence[Pair],
+    drawings: Sequence[Drawing] = (),
+    title: str = "",
 ) -> list[Section]:
     """The report from top to bottom, below the answer. To add a section: a line here."""
+    is_of_paper = title.startswith("paper/")  # whose reports hold every claim, and on top
+    claimed = claims.table(frame, is_whole=is_of_paper)
+    told = [Section("claims", claimed.title, [claimed])] if claimed.rows else []
     brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
     bounds = tables.bounds(frame)
     peaks = tables.peaks(frame)
     return [
+        *(told if is_of_paper else ()),
         Section("matching", "Matching certificate", [tables.certificate(frame)]),
         Section("tables", "Side by side", [*brief, *([bounds] if bounds.rows else [])],
                 empty="No run in this store can be compared."),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
+        *(() if is_of_paper else told),
         Section("parity", "Parity", [tables.parity(frame)]),
         Section("failures", "Failures and frontier",
                 [tables.failures(frame), tables.frontier(frame)]),
@@ -112,7 +121,7 @@ def write_report(
     with remember.remembering():
         drawings = draw(frame, out, redraw)
         beside = pairs(frame, defaults)
-        made = sections(frame, beside, drawings)
+        made = sections(frame, beside, drawings, title)
         raw = raw_tables(frame, beside, made)
         _write_data(frame, out, made, raw)
         runs = derive.runs(frame)

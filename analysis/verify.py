@@ -68,7 +68,7 @@ def verify(path: Path, store: Path | None = None) -> Verdict:
     frame = read_parquet(folder / report.RECORDS)
     with remember.remembering():
         beside = [tuple(pair) for pair in shown.runs["beside"]]
-        made = report.sections(frame, beside)
+        made = report.sections(frame, beside, title=shown.facts.get("title", ""))
         _verify_words(verdict, shown, frame, beside)
         tables = [table for section in made for table in section.tables if table.rows]
         _verify_page(verdict, shown, tables, frame)
@@ -128,7 +128,7 @@ class Shown(HTMLParser):
         if self._end is None and (
             (tag in ("td", "th") and self._lines is not None)
             or "data-check" in found
-            or found.get("id") in ("digest", "store", "run-list")
+            or found.get("id") in ("digest", "store", "title", "run-list")
         ):
             self._end, self._texts, self._attributes = tag, [], found
         elif tag == "a" and self._end is not None and "data-runs" in found:
@@ -150,7 +150,7 @@ class Shown(HTMLParser):
             self.words.setdefault(found["data-check"] or "", []).append(text)
         elif found.get("id") == "run-list":
             self.runs = json.loads(text)
-        elif found.get("id") in ("digest", "store"):
+        elif found.get("id") in ("digest", "store", "title"):
             self.facts[found["id"] or ""] = text
         elif self._lines:
             groups = tuple(int(number) for number in (found.get("data-runs") or "").split())

@@ -6,9 +6,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from synthetic_records import record, sample
+from synthetic_records import parity, record, sample, training
 
-from analysis import claims, published
+from analysis import claims, published, report
 from analysis.claims import NOT_AT_SCALE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from analysis.evidence import groups
 from analysis.load import frame_of
@@ -427,3 +427,22 @@ def test_the_table_shows_all_or_what_was_tested():
     known = set(frame["run_id"])
     assert set(row["run_ids"].split()) <= known
     assert row["num_runs"] == len(row["run_ids"].split()) == 24
+
+
+def test_a_report_of_the_paper_begins_with_the_claims():
+    def found(title: str) -> dict:
+        made = report.sections(frame, title=title)
+        return {section.anchor: section for section in made}
+
+    frame = frame_of([
+        *(training(family, "jax", 0, n) for family in FAMILIES for n in (256, 512)),
+        *(parity(family, "jax") for family in FAMILIES),
+    ])  # fmt: skip
+    of_paper = found("paper/figure3")
+    assert next(iter(of_paper)) == "claims"
+    assert len(of_paper["claims"].tables[0].rows) == len(claims.CLAIMS)
+    other = found("quickstart")
+    assert list(other).index("claims") > list(other).index("metrics")
+    assert 0 < len(other["claims"].tables[0].rows) < len(claims.CLAIMS)
+    nothing = frame[frame["suite"] == "parity"].reset_index(drop=True)
+    assert "claims" not in {section.anchor for section in report.sections(nothing)}
