@@ -82,25 +82,6 @@ def relative(name: str) -> pd.DataFrame:
     return _relative(name).copy()
 
 
-def marks(name: str, **where: Any) -> pd.DataFrame:
-    """The rows of `relative` at these settings, for ghosted marks: empty where the paper has none,
-    so that a mark stands beside ours only where shapes agree.
-
-        published.marks("figure3", family="griffin", size="400m", seq_len=[2048, 4096])
-    """
-    found = _relative(name)
-    unknown = sorted(set(where) - set(found.columns))
-    if unknown:
-        raise ValueError(
-            f"results/published/{name}.csv has no column {unknown[0]!r}; it varies "
-            f"{', '.join(varied(name))}."
-        )
-    for column, wanted in where.items():
-        wanted = wanted if isinstance(wanted, list | tuple | set) else [wanted]
-        found = found[found[column].isin(list(wanted))]
-    return found.reset_index(drop=True)
-
-
 @cache
 def _read(name: str) -> pd.DataFrame:
     path = FOLDER / f"{name}.csv"

@@ -95,6 +95,21 @@ def test_figure_4_has_its_ratios_and_a_flat_hawk():
     assert empty.loc[1024, "mqa"] > empty.loc[1024, "hawk"]
 
 
+def test_figure_4_b_is_a_prefill_later_than_a():
+    rows = pick("figure4").pivot(
+        index="num_new_tokens", columns=["family", "prompt_len"], values="value"
+    )
+    assert (rows.diff().dropna() > 0).all().all()
+    for family in ("hawk", "griffin"):  # at every length the same prefill, within two readings
+        later = rows[family, 4096] - rows[family, 1]
+        assert (later - 2.15).abs().max() <= 0.1
+        per_token = rows[family, 1].div(rows.index, axis=0) * 1e3
+        assert per_token.between(23.4, 24.5).all()
+    slower = rows["mqa", 4096] - rows["mqa", 1]
+    assert slower.is_monotonic_increasing
+    assert slower.loc[4096] > 10 * slower.loc[128]
+
+
 def test_figure_1a_has_the_slopes_that_were_fitted_to_it():
     want = {"mqa": (21.9, -0.0482, 0.9970), "hawk": (28.6, -0.0531, 0.9976),
             "griffin": (19.3, -0.0456, 0.9975)}  # fmt: skip
@@ -133,6 +148,25 @@ def test_figure_5_has_its_minima():
         assert 0.5 <= lowest / position <= 2
 
 
+def test_both_panels_of_figure_5_show_nearly_the_same_curves():
+    curves = pick("figure5", metric="mean_loss_so_far").dropna(subset="value")
+    curves = curves.pivot(
+        index="position", columns=["panel", "family", "position_encoding", "seq_len"],
+        values="value",
+    )  # fmt: skip
+    for family, encoding in (("griffin", "rope"), ("hawk", "none")):
+        apart = curves["left", family, encoding, 2048] - curves["right", family, encoding, 2048]
+        assert apart.dropna().between(0.006, 0.0255).all()
+        longer = curves["right", family, encoding, 8192]
+        assert (longer.loc[:65536].diff().dropna() < 0.003).all()
+        # from 4K (Griffin), from 16K (Hawk) the longer training is ahead, and stays so
+        gain = (curves["right", family, encoding, 2048] - longer).dropna()
+        assert gain.is_monotonic_increasing
+        assert gain.loc[128] < -0.03 < 0 < gain.iloc[-1]
+    mqa = curves["left", "mqa", "none", 2048] - curves["left", "mqa", "rope", 2048]
+    assert mqa.loc[:2048].between(0.093, 0.107).all()
+
+
 def test_curves_that_extrapolate_fall_beyond_the_training_length():
     for name in ("figure5", "figure10"):
         rows = published.relative(name)
@@ -158,6 +192,15 @@ def test_figure_8_has_its_ratios():
     step = published.relative("figure8b").set_index(["size", "linear_scan"])["value"]
     assert step.xs("pallas_tpu", level=1).between(0.8, 0.9).all()
     assert step["400m", "associative"] == 1.58
+
+
+def test_a_scan_of_figure_8_takes_twice_as_long_for_twice_the_steps():
+    rows = pick("figure8a", error=0.05).pivot(
+        index="seq_len", columns=["linear_scan", "dtype"], values="value"
+    )
+    growth = (rows / rows.shift(1)).stack([0, 1]).dropna()
+    assert len(growth) == 15
+    assert growth.between(1.7, 2.05).all()
 
 
 def test_figure_9_has_the_gaps_of_a_1k_window():
@@ -211,6 +254,17 @@ def test_figure_6_orders_the_families():
     assert (induction.stack() * 64 % 1).map(lambda left: min(left, 1 - left)).max() < 0.05
 
 
+def test_figure_6c_falls_with_the_length():
+    rows = pick("figure6c")
+    for _, curve in rows.groupby("family"):
+        assert curve["evaluated_seq_len"].is_monotonic_increasing
+        assert (curve["value"].diff().dropna() <= 0).all()
+    at = rows.set_index(["family", "evaluated_seq_len"])["value"]
+    assert at["mqa", 2170] > 4 * at["mqa", 2318]  # its end: the training length
+    assert at["griffin", 3206] == 0.30
+    assert at["hawk", 254] < 0.05
+
+
 def test_recurrentgemma_is_its_own_sum():
     rows = pick("recurrentgemma", unit="1").pivot(index="size", columns="metric", values="value")
     whole = rows["num_params_non_embedding"] + rows["num_params_embedding"]
@@ -240,16 +294,10 @@ def test_times_have_a_ratio_or_are_not_drawn():
     assert with_ratio == {"figure1b", "figure3", "figure4", "figure8a", "figure8b"}
     for name in set(timed) - with_ratio:
         with pytest.raises(ValueError, match="no baseline"):
-            published.marks(name)
+            published.relative(name)
 
 
-def test_marks_stand_where_shapes_agree():
-    found = published.marks("figure3", family="griffin", size="400m", seq_len=[2048, 8192])
-    assert found["value"].to_list() == [0.93, 0.98]
-    assert set(found["how"]) == {"printed"}
-    assert published.marks("figure3", size="tiny").empty
-    with pytest.raises(ValueError, match="no column 'dtype'; it varies family, size, seq_len"):
-        published.marks("figure3", dtype="bfloat16")
+def test_an_unknown_name_says_what_is_known():
     with pytest.raises(ValueError, match="known: figure10"):
         published.read("figure2")
 
