@@ -76,7 +76,8 @@ class Claim:
             return _verdict(REPRODUCED, _sentence(agreeing), agreeing)
         # the nearest to the paper's scale speaks first
         nearest = sorted(findings, key=lambda finding: (len(finding.lacks), -finding.count))
-        return _verdict(NOT_AT_SCALE, _sentence(nearest, with_lacks=True), nearest)
+        told = nearest[:MAX_FINDINGS]  # whose runs alone are named: there may be thousands
+        return _verdict(NOT_AT_SCALE, _sentence(nearest, with_lacks=True), told)
 
 
 def _verdict(verdict: str, text: str, findings: list[Finding]) -> Verdict:

@@ -410,11 +410,12 @@ def test_a_search_that_ended_at_its_bound_found_no_largest_batch():
     assert "the search ended at max_batch_size" in found.evidence
 
 
-def test_widths_that_were_changed_are_not_the_size():
+@pytest.mark.parametrize(("name", "value"), [("num_layers", 1), ("gate", "none"), ("d_mlp", 64)])
+def test_a_model_that_was_changed_is_not_of_the_papers_size(name, value):
     one = World().record("training_speed", "hawk", "100m", [sample("step_time_ms", 1)], seq_len=8)
-    one.run["model"]["num_layers"] = 1
+    one.run["model"][name] = value
     (text,) = groups.rows_of(frame_of([one]), "training_speed", "step_time_ms")["lack_of_size"]
-    assert text == "size 100m with another num_layers"
+    assert text == f"size 100m with another {name}"
 
 
 def test_the_table_shows_all_or_what_was_tested():

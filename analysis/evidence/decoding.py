@@ -129,7 +129,7 @@ def latency_at_512(frame: pd.DataFrame) -> list[Finding]:
 def _throughput(frame: pd.DataFrame) -> list[Group]:
     """The best batch of each process, and what ended its search."""
     rows = rows_of(frame, "decode_throughput", "tokens_per_s")
-    best = rows.groupby("run_id", sort=False)["value"].transform("max")
+    best = rows.groupby("run_id", sort=False, observed=True)["value"].transform("max")
     rows = rows[rows["value"] == best].drop_duplicates("run_id")
     searched = rows_of(frame, "decode_throughput", "max_batch_size")
     ended_by = dict(zip(searched["run_id"], searched["field"], strict=True))

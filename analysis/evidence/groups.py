@@ -19,7 +19,6 @@ import pandas as pd
 from analysis import checks, derive, published, statistics, style
 from analysis.remember import remembered
 
-MIN_SEEDS = 3  # below: no verdict on quality
 RATIO, NATS = "x", "nats/token"
 ROUND, SEED = ("node", "seed", "round"), ("seed",)  # what makes two processes a pair
 INF = float("inf")
@@ -30,6 +29,10 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 PATTERNS = {"mqa": ["mqa"], "mqa_local": ["mqa"], "hawk": ["rg_lru"],
             "griffin": ["rg_lru", "rg_lru", "mqa"]}  # fmt: skip
 WINDOW = 1024
+# what is asked of the processes of a group, beyond what they share
+FACTS = ("family", "window_size", "attention", "value", "parity", "run_id", "lack_of_size", "size",
+         "d_rnn", "lambda_init", "num_tokens", "train_flops_per_token", "ended_by")  # fmt: skip
+PAPER = {"num_gate_blocks": 16, "conv_width": 4, "gate": "rg_lru", "num_kv_heads": 1}
 WIDTHS = ("d_model", "d_rnn", "num_layers", "num_heads")
 
 Region = tuple[float, float]
@@ -82,7 +85,7 @@ class Finding:
 
     @property
     def least(self) -> int:
-        return {"round": statistics.MIN_ROUNDS, "seed": MIN_SEEDS, None: 0}[self.unit]
+        return {"round": statistics.MIN_ROUNDS, "seed": statistics.MIN_SEEDS, None: 0}[self.unit]
 
     @property
     def holds(self) -> bool | None:
@@ -155,7 +158,7 @@ class Group:
         """The product of some columns over that of others, row by row; and how many rows."""
         rows = self.rows([*over, *under])
         if not rows.size:  # not on one node: the bare ratio of medians
-            top, bottom = (np.prod([self._median(key) for key in keys]) for keys in (over, under))
+            top, bottom = (np.prod([self._typical(key) for key in keys]) for keys in (over, under))
             return Quantity(label, float(top / bottom), None, holds), 0
         top, bottom = rows[:, : len(over)].prod(axis=1), rows[:, len(over) :].prod(axis=1)
         found = statistics.compare(bottom, top)
@@ -167,14 +170,14 @@ class Group:
     ) -> tuple[Quantity, int]:
         rows = self.rows([*plus, *minus])
         if not rows.size:
-            value = sum(map(self._median, plus)) - sum(map(self._median, minus))
+            value = sum(map(self._typical, plus)) - sum(map(self._typical, minus))
             return Quantity(label, float(value), None, holds, NATS), 0
         found = rows[:, : len(plus)].sum(axis=1) - rows[:, len(plus) :].sum(axis=1)
         interval = statistics.student_interval(found)
         return Quantity(label, float(found.mean()), interval, holds, NATS), len(rows)
 
-    def _median(self, key: Key) -> float:
-        return float(np.median(list(self.columns[key].values())))
+    def _typical(self, key: Key) -> float:
+        return _median(self.columns[key].values())
 
     def finding(
         self,
@@ -195,6 +198,11 @@ class Group:
                 is_verified=all(self.verified[key] for key in keys),
                 run_ids=tuple(ids),
             )
+
+
+def _median(values: Iterable[float]) -> float:
+    first, *rest = values
+    return float(np.median([first, *rest])) if rest else float(first)  # mostly there is one
 
 
 @remembered
@@ -267,7 +275,8 @@ def lack_of_size(size: str, model: dict[str, Any]) -> str | None:
     if size not in widths():
         return f"size {size}, which the paper does not have"
     wanted = widths()[size]
-    changed = [name for name in WIDTHS if model.get(name) not in (None, wanted[name])]
+    wanted = {name: wanted[name] for name in WIDTHS} | {"d_mlp": 3 * wanted["d_model"]} | PAPER
+    changed = [name for name, value in wanted.items() if model.get(name, value) != value]
     return f"size {size} with another {changed[0]}" if changed else None
 
 
@@ -279,7 +288,8 @@ def groups(
     beside it that have none."""
     shared = ["backend", "dtype", "device_kind", "device_name", "num_devices", *shared]
     found: dict[Key, list[dict[str, Any]]] = {}
-    texts = rows.astype(object).where(rows.notna(), None)
+    kept = [name for name in dict.fromkeys((*shared, *varied, *pairs, *FACTS)) if name in rows]
+    texts = rows[kept].astype(object).where(rows[kept].notna(), None)
     for row in texts.to_dict("records"):
         found.setdefault(tuple(row[name] for name in shared), []).append(row)
     made = []
@@ -306,7 +316,7 @@ def _group(
         values: dict[Key, list[float]] = {}
         for row in column:
             values.setdefault(tuple(row[name] for name in pairs), []).append(row["value"])
-        group.columns[key] = {place: float(np.median(each)) for place, each in values.items()}
+        group.columns[key] = {place: _median(each) for place, each in values.items()}
         group.verified[key] = all(row["parity"] == checks.GREEN for row in column)
         group.ids[key] = tuple(dict.fromkeys(row["run_id"] for row in column))
         group.facts[key] = column[0]

@@ -179,8 +179,8 @@ def longer_training(frame: pd.DataFrame) -> list[Finding]:
     made = []
     for short, long in combinations(sorted(rows["seq_len"].dropna().unique()), 2):
         part = rows[rows["seq_len"].isin([short, long]) & (rows["start"] < short // 4)]
-        weighted = (part["value"] * part["weight"]).groupby(part["run_id"]).sum()
-        means = weighted / part["weight"].groupby(part["run_id"]).sum()
+        weighted = (part["value"] * part["weight"]).groupby(part["run_id"], observed=True).sum()
+        means = weighted / part["weight"].groupby(part["run_id"], observed=True).sum()
         part = part.drop_duplicates("run_id")
         part = part.assign(value=part["run_id"].map(means))
         shared = ["kernels", "data", "recipe", "size", "shared_model", "num_tokens"]

@@ -18,6 +18,7 @@ from analysis.evidence.groups import (
     where,
     within,
 )
+from analysis.remember import remembered
 from analysis.vocabulary import plain
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -34,7 +35,8 @@ def _models(frame: pd.DataFrame) -> pd.DataFrame:
         model["pattern"] == PATTERNS.get(family) and lack_of_size(size, model) is None
         for model, family, size in zip(models, runs["family"], runs["size"], strict=True)
     ]
-    return runs[pd.Series(is_of_paper, runs.index, dtype=bool)]
+    runs = runs[pd.Series(is_of_paper, runs.index, dtype=bool)]
+    return runs.drop_duplicates(["family", "size", "num_params_non_embedding"])  # each once
 
 
 @cache
@@ -47,19 +49,21 @@ def _counts() -> dict[tuple[str, str], float]:
 
 def num_params(frame: pd.DataFrame) -> list[Finding]:
     quantities, ids = [], []
-    for (family, size), runs in _models(frame).groupby(["family", "size"], sort=False):
+    for (family, size), runs in _models(frame).groupby(
+        ["family", "size"], sort=False, observed=True
+    ):
         if (family, size) in _counts():
-            count = float(runs["num_params_non_embedding"].iloc[0])
-            label = f"{label_of(family)} {size} has {count:,.0f}, over the paper's"
-            ratio = count / _counts()[family, size]
-            quantities.append(_exact(label, ratio, 1.0, BIASES))
+            for count in runs["num_params_non_embedding"].astype(float):
+                label = f"{label_of(family)} {size} has {count:,.0f}, over the paper's"
+                ratio = count / _counts()[family, size]
+                quantities.append(_exact(label, ratio, 1.0, BIASES))
             ids += runs["run_id"].to_list()
     return [Finding("by its widths", tuple(quantities), run_ids=tuple(ids))] if quantities else []
 
 
 def param_ratios(frame: pd.DataFrame) -> list[Finding]:
     quantities, ids = [], []
-    for size, runs in _models(frame).groupby("size", sort=False):
+    for size, runs in _models(frame).groupby("size", sort=False, observed=True):
         counts = runs.drop_duplicates("family").set_index("family")["num_params_non_embedding"]
         for family in ("hawk", "griffin"):
             if {family, "mqa"} <= set(counts.index):
@@ -76,6 +80,7 @@ def _exact(label: str, value: float, wanted: float, share: float) -> Quantity:
     return Quantity(label, value, (value, value), within(wanted, share))
 
 
+@remembered
 def _caches(frame: pd.DataFrame) -> pd.DataFrame:
     """Bytes of a cache for one sequence, as allocated, beside what the formulas say."""
     rows = rows_of(frame, "decode_latency", "cache_bytes").drop_duplicates("cell_id")
@@ -108,9 +113,9 @@ def cache_formulas(frame: pd.DataFrame) -> list[Finding]:
     made = []
     rows = _caches(frame)
     rows = rows[rows["wanted"] > 0]
-    for backend, cells in rows.groupby("backend", sort=False):
+    for backend, cells in rows.groupby("backend", sort=False, observed=True):
         quantities = []
-        for family, part in cells.groupby("family", sort=False):
+        for family, part in cells.groupby("family", sort=False, observed=True):
             ratios = part["num_bytes"] / part["wanted"]
             far = part.loc[np.log(ratios).abs().idxmax()]
             label = (
@@ -132,15 +137,21 @@ def cache_growth(frame: pd.DataFrame) -> list[Finding]:
     rows = _caches(frame)
     window = rows["window_size"].astype("float64").fillna(0)
     made = []
-    for settings, cells in rows[rows["capacity"] >= window].groupby(key, sort=False, dropna=False):
+    for settings, cells in rows[rows["capacity"] >= window].groupby(
+        key, sort=False, dropna=False, observed=True
+    ):
         quantities, ids = [], []
-        for (family, _), part in cells.groupby(["family", "window_size"], sort=False, dropna=False):
-            part = part.sort_values("capacity")
-            low, high = part.iloc[0], part.iloc[-1]
+        parts: dict[tuple, list[dict[str, Any]]] = {}
+        for cell in cells[["family", "window_size", "capacity", "num_bytes", "run_id"]].to_dict(
+            "records"
+        ):
+            parts.setdefault((cell["family"], plain(cell["window_size"])), []).append(cell)
+        for (family, _), part in parts.items():
+            low, high = (end(part, key=lambda cell: cell["capacity"]) for end in (min, max))
             if low["capacity"] == high["capacity"]:
                 continue
-            growth = float(high["num_bytes"] / low["num_bytes"])
-            wanted = float(high["capacity"] / low["capacity"]) if family == "mqa" else 1.0
+            growth = high["num_bytes"] / low["num_bytes"]
+            wanted = high["capacity"] / low["capacity"] if family == "mqa" else 1.0
             label = (
                 f"the cache of {label_of(family)} from {low['capacity']:,.0f} to "
                 f"{high['capacity']:,.0f} tokens"

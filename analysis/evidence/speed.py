@@ -43,6 +43,7 @@ def _steps(frame: pd.DataFrame) -> list[Group]:
 def _steps_by_size(frame: pd.DataFrame) -> list[Group]:
     """The size and the length varied. Tokens a step may differ: growth is a ratio within a size."""
     rows = rows_of(frame, "training_speed", "step_time_ms")
+    rows = rows[rows["lack_of_size"].isna()]
     return groups(rows, ["size", "shared_model", "num_tokens", "seq_len"], ["kernels"])
 
 
@@ -185,8 +186,10 @@ def scan_intensity(frame: pd.DataFrame) -> list[Finding]:
     flops = published.read("table3").set_index("metric")["value"]["flops_per_element"]
     key = ["backend", "dtype", "device_kind", "device_name"]
     made = []
-    for settings, part in rows.groupby(key, sort=False, dropna=False):
-        values = part.pivot_table(index="run_id", columns="metric", values="value").dropna()
+    for settings, part in rows.groupby(key, sort=False, dropna=False, observed=True):
+        values = part.pivot_table(
+            index="run_id", columns="metric", values="value", observed=True
+        ).dropna()
         if values.shape[1] < 3 or values.empty:
             continue
         runs = part.drop_duplicates("run_id").set_index("run_id").loc[values.index]
