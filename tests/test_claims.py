@@ -435,7 +435,7 @@ def test_the_table_shows_all_or_what_was_tested():
 
 def test_a_report_of_the_paper_begins_with_the_claims():
     def found(title: str) -> dict:
-        made = report.sections(frame, title=title)
+        made = report.sections(frame, report.pairs(frame), title=title)
         return {section.anchor: section for section in made}
 
     frame = frame_of([
@@ -449,4 +449,4 @@ def test_a_report_of_the_paper_begins_with_the_claims():
     assert list(other).index("claims") > list(other).index("metrics")
     assert 0 < len(other["claims"].tables[0].rows) < len(claims.CLAIMS)
     nothing = frame[frame["suite"] == "parity"].reset_index(drop=True)
-    assert "claims" not in {section.anchor for section in report.sections(nothing)}
+    assert "claims" not in {section.anchor for section in report.sections(nothing, [])}
