@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from synthetic_records import record, sample
 
 from analysis import factorial
+from analysis.load import frame_of
 
 NAMES = ("a", "b", "c")
 
@@ -147,3 +149,82 @@ def test_p_values_of_all_rows_are_adjusted_together():
 def test_what_is_no_design_is_refused_in_one_line(design, options, message):
     with pytest.raises(ValueError, match=message):
         factorial.effects(design, **options)
+
+
+def trained(loss: float, seed: int, backend: str = "jax", family: str = "griffin", **model):
+    return record("language_modeling", family, backend, samples=(sample("bits_per_byte", loss),),
+                  seed=seed, block=None, model=model)  # fmt: skip
+
+
+def ablation_records(backend: str = "jax", scale: float = 1.0) -> list:
+    """lambda_init and biases, two by two, three seeds."""
+    rng = np.random.default_rng(len(backend))
+    return [
+        trained(2 + 0.1 * seed + scale * (0.05 * (init == "code") - 0.02 * biases)
+                + 0.001 * rng.standard_normal(), seed, backend, lambda_init=init, biases=biases)
+        for init in ("paper", "code") for biases in (True, False) for seed in range(3)
+    ]  # fmt: skip
+
+
+def test_factors_are_the_settings_that_vary_and_results_stand_by_backend():
+    frame = frame_of(ablation_records("jax") + ablation_records("torch", -1.0))
+    found = factorial.factors(frame, "language_modeling")
+    assert found == {"model.biases": ("false", "true"), "model.lambda_init": ("code", "paper")}
+    made = factorial.ablations(frame, "language_modeling", baseline={"model.lambda_init": "paper"})
+    assert list(made) == ["jax", "torch"]
+    for backend, sign in (("jax", 1), ("torch", -1)):
+        row = row_of(made[backend], "model.lambda_init")
+        assert row["levels"] == "lambda_init=code beside paper"
+        assert row["difference"] == pytest.approx(sign * 0.05, abs=0.003)
+        assert row["verdict"] == ("worse" if sign > 0 else "better")
+        assert made[backend].num_seeds == 3
+        assert (
+            row_of(made[backend], "model.biases x model.lambda_init")["verdict"] == "not resolved"
+        )
+
+
+def test_a_family_without_the_setting_is_no_part_of_its_ablation():
+    records = ablation_records()
+    records += [trained(3.0, seed, family="mqa", lambda_init="none") for seed in range(3)]
+    (made,) = factorial.ablations(frame_of(records), "language_modeling").values()
+    assert list(made.effects["effect"].unique()) == [
+        "model.biases", "model.lambda_init", "model.biases x model.lambda_init"
+    ]  # fmt: skip
+    assert made.num_cells == 4
+
+
+def test_times_are_taken_apart_by_their_logarithms_over_rounds():
+    rng = np.random.default_rng(0)
+    records = [
+        record(samples=(sample("step_time_ms", takes * rng.normal(1, 0.001)),), round=round,
+               model={"lambda_init": init}, seq_len=64)
+        for init, takes in (("paper", 10), ("code", 11)) for round in range(6)
+    ]  # fmt: skip
+    made = factorial.ablations(
+        frame_of(records), "training_speed", baseline={"model.lambda_init": "paper"}
+    )
+    row = row_of(made["jax"], "model.lambda_init")
+    assert row["difference"] == pytest.approx(np.log(1.1), abs=0.002)
+    assert (row["verdict"], made["jax"].num_seeds) == ("worse", 6)
+
+
+def test_where_nothing_varies_there_is_no_ablation():
+    frame = frame_of([trained(2.0, seed) for seed in range(3)])
+    assert factorial.ablations(frame, "language_modeling") == {}
+
+
+def test_a_level_of_which_no_run_completed_is_no_level():
+    records = ablation_records()
+    lost = [
+        record("language_modeling", seed=seed, block=None, outcome="diverged",
+               model={"lambda_init": "paper", "biases": "some"})
+        for seed in range(3)
+    ]  # fmt: skip
+    (made,) = factorial.ablations(frame_of(records + lost), "language_modeling").values()
+    assert "some" not in " ".join(made.effects["levels"])
+
+
+def test_a_baseline_of_what_does_not_vary_is_refused():
+    frame = frame_of(ablation_records())
+    with pytest.raises(ValueError, match="it is no factor of language_modeling"):
+        factorial.ablations(frame, "language_modeling", baseline={"model.window_size": "32"})
