@@ -6,7 +6,7 @@ only what the design cannot tell apart is said to be so.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -37,6 +37,7 @@ class Ablation:
     num_seeds: int
     num_cells: int
     num_missing: int  # cells of the whole grid without a run
+    run_ids: str = ""  # behind all of it, with spaces between
 
 
 def ablations(
@@ -46,7 +47,8 @@ def ablations(
     baseline: Mapping[str, str] | None = None,
 ) -> dict[str, Ablation]:
     """What the settings that vary in a suite do to a metric (its first headline), by backend; those
-    of a backend where nothing varies are left out. `baseline` names levels, as settings are typed.
+    of a backend where nothing varies are left out. `baseline` names levels, as settings are typed;
+    else they are those of settings.baseline_of.
 
     Of times the logarithm is taken and rounds are the blocks: a difference of 0.05 is 5% more.
     """
@@ -55,10 +57,11 @@ def ablations(
     if better is None:
         raise ValueError(f"metric={metric}: neither way is better; choose another.")
     varying = factors(frame, suite)
-    for name in baseline or {}:
-        if name not in varying:
-            known = ", ".join(varying) or "none"
-            raise ValueError(f"baseline of {name!r}: it is no factor of {suite}; known: {known}.")
+    baseline = baseline or {}
+    for name, level in baseline.items():
+        if level not in varying.get(name, ()):
+            known = ", ".join(varying.get(name, ())) or "none, it is no factor"
+            raise ValueError(f"baseline {name}={level}: not varied in {suite}; known: {known}.")
     made = {}
     for backend in sorted(set(frame.loc[frame["suite"] == suite, "backend"])):
         rows = _design(frame, suite, backend, metric)
@@ -67,8 +70,9 @@ def ablations(
             levels = {name: [v for v in settings.values_of(frame, name) if v in set(rows[name])]
                       for name in names}  # fmt: skip
             first = {name: settings.baseline_of(name, known) for name, known in levels.items()}
-            first |= {name: level for name, level in (baseline or {}).items() if name in names}
-            made[backend] = effects(rows, names, baseline=first, better=better)
+            first |= {n: level for n, level in baseline.items() if level in levels.get(n, ())}
+            found = effects(rows, names, baseline=first, better=better)
+            made[backend] = replace(found, run_ids=" ".join(dict.fromkeys(rows["run_id"])))
     return made
 
 
@@ -99,6 +103,7 @@ def _design(frame: pd.DataFrame, suite: str, backend: str, metric: str) -> pd.Da
     is_time = metric in TIMES
     value = rows["value"].to_numpy(dtype=float)
     return design.assign(
+        run_id=rows["run_id"].to_numpy(),
         seed=rows["round" if is_time else "seed"].to_numpy(),
         value=np.log(value) if is_time else value,
     )

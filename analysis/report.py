@@ -77,6 +77,7 @@ def sections(
     brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
     bounds = tables.bounds(frame)
     peaks = tables.peaks(frame)
+    ablations = tables.ablations(frame, {by: first for by, _, first in beside if by != "backend"})
     return [
         *(told if is_of_paper else ()),
         Section("matching", "Matching certificate", [tables.certificate(frame)]),
@@ -84,6 +85,7 @@ def sections(
                 empty="No run in this store can be compared."),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
+        *([Section("ablations", "Ablations", ablations)] if ablations else ()),
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
         *(() if is_of_paper else told),
         Section("parity", "Parity", [tables.parity(frame)]),

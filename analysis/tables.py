@@ -11,6 +11,7 @@ from analysis import (
     checks,
     comparisons,
     derive,
+    factorial,
     load,
     matching,
     settings,
@@ -328,6 +329,57 @@ def bounds(frame: pd.DataFrame) -> Table:
     return Table("bounds", "Bounds by bytes", header, texts, found, note, runs=RUNS)
 
 
+def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) -> list[Table]:
+    """Of each suite of qualities where two or more settings vary, and each backend: what each does
+    beside its level in `baseline`, and what two do together."""
+    made = []
+    for suite, metrics in vocabulary.HEADLINES.items():
+        varying = factorial.factors(frame, suite)
+        if metrics[0] not in vocabulary.QUALITIES or len(varying) < 2:
+            continue
+        unit = METRICS[metrics[0]].unit
+        first = {n: level for n, level in (baseline or {}).items() if level in varying.get(n, ())}
+        found = factorial.ablations(frame, suite, baseline=first)
+        for backend, one in found.items():
+            title = f"{suite}, {style.backend_label(backend)}: what each setting does"
+            base = ", ".join(f"{name}={level}" for name, level in one.baseline.items())
+            note = (
+                f"Differences of {_metric_name(metrics[0])} beside {base}, averaged over the other "
+                f"settings, with 95% intervals; of two settings (x), beyond the sum of both. "
+                f"Seeds are blocks ({one.num_seeds}); p is adjusted for all rows (Holm)."
+            )
+            if one.num_missing:
+                note += (
+                    f" {one.num_missing} of {one.num_cells + one.num_missing} cells are missing."
+                )
+            header = ["effect", "levels", "difference", "p (Holm)", "verdict"]
+            rows = [
+                [row["effect"], _text(row["levels"]), _difference(row, unit),
+                 _text(row["p_holm"], "{:.2g}"), _effect_verdict(row, unit)]
+                for row in one.effects.to_dict("records")
+            ]  # fmt: skip
+            name, raw = f"{suite}_{backend}", one.effects.assign(run_ids=one.run_ids)
+            made.append(Table(f"ablation_{name}", title, header, rows, raw, note,
+                              numbers={"difference": "difference", "p (Holm)": "p_holm"},
+                              runs=RUNS))  # fmt: skip
+            header = ["effect", "degrees of freedom", "sum of squares", "F", "p"]
+            rows = [
+                [row["effect"], f"{row['freedom']}",
+                 *(_text(row[name], "{:.3g}") for name in ("sum_of_squares", "F", "p"))]
+                for row in one.variance.to_dict("records")
+            ]  # fmt: skip
+            title = f"{suite}, {style.backend_label(backend)}: analysis of variance"
+            raw = one.variance.assign(run_ids=one.run_ids)
+            made.append(Table(f"variance_{name}", title, header, rows, raw, runs=RUNS))
+    return made
+
+
+def _effect_verdict(row: dict[str, Any], unit: str) -> str:
+    if row["verdict"] == factorial.NOT_RESOLVED and not pd.isna(row["detectable"]):
+        return f"{row['verdict']} ({row['detectable']:.2g} {unit} would be)"
+    return _because(row)
+
+
 def number(value: Any, metric: str | None = None) -> str:
     """Three or four digits that matter, in the unit that the metric is read in."""
     if value is None or pd.isna(value):
@@ -426,12 +478,8 @@ def _side(row: dict[str, Any], side: str) -> str:
 
 def _ratio(row: dict[str, Any]) -> str:
     if row["metric"] in vocabulary.QUALITIES:
-        difference = row["difference"]
-        if difference is None or pd.isna(difference):
-            return NONE
-        low, high = row["difference_low"], row["difference_high"]
-        interval = "" if pd.isna(low) else f" [{low:+.4f}, {high:+.4f}]"
-        return f"{difference:+.4f}{interval} {row['unit']}"
+        return _difference(row | {"low": row["difference_low"], "high": row["difference_high"]},
+                           row["unit"])  # fmt: skip
     if row["speedup"] is None or pd.isna(row["speedup"]):
         return NONE
     text = f"{_times(row['speedup'])}x"
@@ -439,6 +487,13 @@ def _ratio(row: dict[str, Any]) -> str:
     if low is not None and not pd.isna(low) and row["speedup_high"] > low:
         text += f" [{_times(low)}, {_times(row['speedup_high'])}]"
     return text
+
+
+def _difference(row: dict[str, Any], unit: str) -> str:
+    if row["difference"] is None or pd.isna(row["difference"]):
+        return NONE
+    interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+    return f"{row['difference']:+.4f}{interval} {unit}"
 
 
 def _times(ratio: float) -> str:

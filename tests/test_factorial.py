@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 from synthetic_records import record, sample
 
-from analysis import factorial
+from analysis import factorial, report, tables, verify
 from analysis.load import frame_of
+from suites.harness.record import write
 
 NAMES = ("a", "b", "c")
 
@@ -226,5 +227,41 @@ def test_a_level_of_which_no_run_completed_is_no_level():
 
 def test_a_baseline_of_what_does_not_vary_is_refused():
     frame = frame_of(ablation_records())
-    with pytest.raises(ValueError, match="it is no factor of language_modeling"):
+    with pytest.raises(ValueError, match=r"model\.window_size=32: not varied in language_modeling"):
         factorial.ablations(frame, "language_modeling", baseline={"model.window_size": "32"})
+
+
+def test_the_table_of_an_ablation_names_baseline_verdict_and_what_is_missing():
+    records = ablation_records("jax") + ablation_records("torch")[:-3]
+    baseline = {"model.lambda_init": "paper", "model.biases": "true"}
+    made = {table.name: table for table in tables.ablations(frame_of(records), baseline)}
+    assert list(made) == [f"{what}_language_modeling_{backend}" for backend in ("jax", "torch")
+                          for what in ("ablation", "variance")]  # fmt: skip
+    table = made["ablation_language_modeling_jax"]
+    row = next(row for row in table.rows if row[0] == "model.lambda_init")
+    assert row[1] == "lambda_init=code beside paper"
+    assert row[2].startswith("+0.05")
+    assert (row[2].endswith("] bit/B"), row[4]) == (True, "worse")
+    together = next(row for row in table.rows if " x " in row[0])
+    assert together[4].startswith("not resolved (0.00")
+    assert "model.biases=true, model.lambda_init=paper" in table.note
+    assert "1 of 4 cells are missing" in made["ablation_language_modeling_torch"].note
+    lost = next(row for row in made["ablation_language_modeling_torch"].rows if " x " in row[0])
+    assert lost[2] == "-"
+    assert lost[4] == "not estimable (no run with model.biases=false, model.lambda_init=code)"
+    assert made["variance_language_modeling_jax"].rows[-1][0] == "residual"
+
+
+def test_one_setting_alone_needs_no_table_of_its_own():
+    records = [trained(2, seed, family=name) for name in ("hawk", "mqa") for seed in range(3)]
+    assert tables.ablations(frame_of(records)) == []
+
+
+def test_an_ablation_stands_in_the_report_and_is_verified(tmp_path):
+    for made in ablation_records("jax") + ablation_records("torch"):
+        write(tmp_path / "store", made)
+    page = report.write_report(tmp_path / "store", tmp_path / "page", title="t", command="c",
+                               defaults={"model.lambda_init": ["paper"]})  # fmt: skip
+    assert "lambda_init=code beside paper" in page.read_text()
+    assert (tmp_path / "page" / "tables" / "ablation_language_modeling_jax.csv").is_file()
+    assert not verify.verify(page).differences
