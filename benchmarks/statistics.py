@@ -29,6 +29,9 @@ from typing import Any
 
 import numpy as np
 
+if not __package__:  # run as a script: the root of the repository is what is imported from
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from analysis import statistics
 from suites.harness import plan
 
