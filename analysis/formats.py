@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import csv
 
 from analysis.load import SAMPLE_COLUMNS
 from analysis.tables import Table
@@ -49,13 +50,26 @@ def markdown_code(text: str) -> str:
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> Path:
-    """UTF-8, a missing value is empty. A text that a spreadsheet would run as a formula gets an
-    apostrophe in front; commas, quotes and newlines stand within quotes."""
-    made = frame.copy(deep=False)
-    for name in made.columns:
-        if not pd.api.types.is_numeric_dtype(made[name].dtype):
-            made[name] = made[name].map(_inert, na_action="ignore")
-    made.to_csv(path, index=False, na_rep="", encoding="utf-8", lineterminator="\n")
+    """UTF-8, a missing value is empty, texts stand within quotes. A text that a spreadsheet would
+    run as a formula gets an apostrophe in front. A path x.gz is compressed."""
+    columns = {}
+    for name in frame.columns:
+        column = frame[name]
+        if not pd.api.types.is_numeric_dtype(column.dtype):
+            words = column.astype("category")  # few, of many rows
+            texts = pa.array(map(_inert, words.cat.categories), pa.string())
+            codes = words.cat.codes.to_numpy()
+            places = pa.array(codes.astype("int64"), mask=codes < 0)
+            columns[name] = texts.take(places)
+        else:
+            columns[name] = pa.array(column, from_pandas=True)
+    table = pa.table(columns)
+    options = csv.WriteOptions(quoting_style="needed")
+    if path.suffix != ".gz":
+        csv.write_csv(table, path, options)
+        return path
+    with gzip.GzipFile(path, "wb", compresslevel=1, mtime=0) as file:  # the same bytes each time
+        csv.write_csv(table, file, options)
     return path
 
 
@@ -63,28 +77,12 @@ def write_frame(frame: pd.DataFrame, folder: Path) -> None:
     """records.csv, a row an attempt, and samples.csv, a row a sample; joined on run_id and attempt
     they are the frame, which repeats every setting with every sample and would be 20 times as
     large. Millions of samples are compressed: samples.csv.gz."""
-    from pyarrow import Table as Columns
-    from pyarrow import csv
-
     key = ["run_id", "attempt"]
-    facts = frame.drop(columns=list(SAMPLE_COLUMNS)).drop_duplicates(key)
-    write_csv(facts, folder / "records.csv")
-    samples = frame[[*key, *SAMPLE_COLUMNS]].copy()
-    for name in (*key, "metric", "unit", "field"):  # few words, of many rows
-        words = samples[name].astype("category")
-        known = np.array([*map(_inert, words.cat.categories), None], dtype=object)
-        samples[name] = known[words.cat.codes]  # the last one, of -1, is missing
-    columns = Columns.from_pandas(samples, preserve_index=False)
-    options = csv.WriteOptions(quoting_style="needed")
-    if len(frame) < LARGE:
-        csv.write_csv(columns, folder / "samples.csv", options)
-        return
-    path = folder / "samples.csv.gz"
-    with gzip.GzipFile(path, "wb", compresslevel=1, mtime=0) as file:  # the same bytes each time
-        csv.write_csv(columns, file, options)
+    settings = [name for name in frame.columns if name not in SAMPLE_COLUMNS]
+    write_csv(frame.loc[~frame.duplicated(key), settings], folder / "records.csv")
+    end = "csv" if len(frame) < LARGE else "csv.gz"
+    write_csv(frame[[*key, *SAMPLE_COLUMNS]], folder / f"samples.{end}")
 
 
-def _inert(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+def _inert(value: Any) -> str:
     return _FORMULA.sub(lambda found: f"'{found.group()}", visible(value))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup, escape
 
-from analysis import derive, vocabulary
+from analysis import derive, formats, vocabulary
 from analysis.tables import NONE, Table
 
 # Text is ink, soft, good, alarm or link, on paper or band: contrast is at least 4.5 (tested).
@@ -107,6 +108,31 @@ def cells(table: Table, runs: Runs) -> Iterator[list[Cell]]:
         yield made
 
 
+def rows(table: Table, runs: Runs) -> Iterator[Markup]:
+    """The rows of a table in HTML; the first cell is its head. By hand, since a page may have tens
+    of thousands of cells."""
+    numeric = numeric_columns(table)
+    for row in cells(table, runs):
+        parts = []
+        for place, cell in enumerate(row):
+            tag, scope = ("td", "") if place else ("th", ' scope="row"')
+            looks = (cell.look, "long" * cell.is_long, "number" * numeric[place])
+            look = " ".join(filter(None, looks))
+            value = "" if cell.value is None else f' data-value="{cell.value}"'
+            inside = _inside(cell)
+            if cell.groups:
+                stop = "" if cell.is_stop else ' tabindex="-1"'
+                inside = f'<a href="#runs" data-runs="{cell.groups}"{stop}>{inside}</a>'
+            kind = f' class="{look}"' if look else ""
+            parts.append(f"<{tag}{scope}{kind}{value}>{inside}</{tag}>")
+        yield Markup(f"<tr>{''.join(parts)}</tr>")
+
+
+def broken(text: str) -> Markup:
+    """A name that may break after each underscore."""
+    return Markup("_<wbr>").join(map(escape, formats.visible(text).split("_")))
+
+
 def numeric_columns(table: Table) -> list[bool]:
     """Which columns hold numbers and dashes alone."""
     made = []
@@ -138,6 +164,32 @@ def marked(text: str) -> tuple[str, str]:
 def script_hash(script: str) -> str:
     """For the page's Content-Security-Policy: no other script runs in it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _inside(cell: Cell) -> Markup:
+    lead = escape(formats.visible(cell.lead))
+    if cell.mark:
+        mark = f'<span class="mark" aria-hidden="true">{cell.mark}</span>'
+        made = Markup(f'<span class="lead">{mark}{lead}</span>')
+    elif cell.rest:
+        made = Markup(f'<span class="lead">{lead}</span>')
+    else:
+        made = lead if " " in cell.lead or "=" in cell.lead else broken(cell.lead)
+    if cell.rest:
+        rest = cell.rest.replace(", ", ",\u00a0") if cell.is_number else cell.rest
+        made += Markup(f'<span class="rest">{escape(formats.visible(rest))}</span>')
+    return made + (_strip_svg(**cell.strip) if cell.strip else "")
+
+
+def _strip_svg(at: float, low: float, high: float) -> Markup:
+    stroke = 'vector-effect="non-scaling-stroke"/>'
+    line = f"M0-10V10M{100 * low:.1f} 0H{100 * high:.1f}"
+    return Markup(
+        '<svg class="strip" aria-hidden="true" viewBox="-100 -10 200 20" '
+        f'preserveAspectRatio="none"><path d="{line}" stroke="currentColor" stroke-width="1.5" '
+        f'{stroke}<path d="M{100 * at:.1f}-7V7" stroke="var(--link)" stroke-width="3.5" '
+        f"{stroke}</svg>"
+    )
 
 
 def _split(text: str) -> tuple[str, str]:

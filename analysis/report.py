@@ -279,7 +279,7 @@ def _write_data(
 
 def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
     environment = _environment(autoescape=True, finalize=_visible)
-    environment.filters["broken"] = _broken
+    environment.filters["broken"] = page.broken
     runs = page.Runs(frame)
     js = (HERE / "report.js").read_text(encoding="utf-8")
     extra = {
@@ -288,7 +288,7 @@ def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
         "script_hash": page.script_hash(js),
         "palette": page.PALETTE,
         "numeric_columns": page.numeric_columns,
-        "cells": lambda table: page.cells(table, runs),
+        "rows": lambda table: page.rows(table, runs),
         "run_list": lambda: {name: context[name] for name in ("store", "beside")} | runs.to_json(),
     }
     return environment.get_template("report.html.j2").render(context | extra) + "\n"
@@ -325,13 +325,6 @@ def _escaped(value: Any, escape: Any) -> str:
 
 def _visible(value: Any) -> Any:
     return formats.visible(value) if type(value) is str else value
-
-
-def _broken(text: str) -> Any:
-    """A name that may break after each underscore."""
-    from markupsafe import Markup, escape
-
-    return Markup("_<wbr>").join(escape(part) for part in text.split("_"))
 
 
 def _environment(**settings: Any) -> Any:

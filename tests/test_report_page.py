@@ -375,7 +375,7 @@ def test_a_hostile_label_is_one_cell_of_csv(hostile):
 def test_a_negative_number_is_no_formula(tmp_path):
     frame = pd.DataFrame({"number": [-1.5, None], "text": ["-", "-1+1"]})
     formats.write_csv(frame, tmp_path / "x.csv")
-    assert (tmp_path / "x.csv").read_text() == "number,text\n-1.5,-\n,'-1+1\n"
+    assert (tmp_path / "x.csv").read_text() == '"number","text"\n-1.5,"-"\n,"\'-1+1"\n'
 
 
 def test_a_hostile_label_is_one_cell_of_markdown(hostile):
