@@ -13,6 +13,12 @@ and what was lost is submitted again, as a user would. It must be as if nothing 
 Exits with 1 where it is not. 100 runs take 15 to 25 minutes on two cores; --num-runs 12 takes two.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import os
@@ -20,26 +26,24 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from slurm_cluster import Node, Partition, SlurmCluster  # noqa: E402
+from slurm_cluster import Node, Partition, SlurmCluster
 
-from suites.harness import plan, provenance, record, submission  # noqa: E402
-from suites.harness.cluster import Cluster  # noqa: E402
-from suites.harness.plan import Planned  # noqa: E402
-from suites.harness.record import Record  # noqa: E402
-from suites.harness.submission import Submission  # noqa: E402
-from suites.harness.sweep import sweep  # noqa: E402
+from suites.harness import plan, provenance, record, submission
+from suites.harness.cluster import Cluster
+from suites.harness.plan import Planned
+from suites.harness.record import Record
+from suites.harness.submission import Submission
+from suites.harness.sweep import sweep
 
 CALM_S = 3.0  # at least, between two blows
 CHECKPOINT_S = 2.0

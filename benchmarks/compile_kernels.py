@@ -14,13 +14,18 @@ launch does; so it is compared here. Exit code 1 when a kernel spills, does not 
 compile.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import inspect
 import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,7 +33,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch

@@ -7,24 +7,38 @@ Triton of its own, of another version, so registers are an estimate. Rows, limit
 those of compile_kernels.py. Kernels for TPU: `aerie compile`, phase `kernel`.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import triton
-from compile_kernels import CHIPS, DTYPES, B, R, Row, T, print_table, problems_of, read_cuda
 from jax._src.interpreters import mlir  # noqa: F401, registers the dialects of a lowered module
 from jax._src.lib import triton as dialect
 from jax._src.lib.mlir import ir
 
+from benchmarks.compile_kernels import (
+    CHIPS,
+    DTYPES,
+    B,
+    R,
+    Row,
+    T,
+    print_table,
+    problems_of,
+    read_cuda,
+)
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import rg_lru
 

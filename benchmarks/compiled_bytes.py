@@ -11,14 +11,18 @@ an array of 64 MiB between two operations; one that is larger moves more, as on 
 time is measured or claimed.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,15 +30,14 @@ import jax.numpy as jnp
 from jax import lax
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from benchmarks import cases  # noqa: E402
-from implementations.jax_backend.kernels.attention_step import attention_step  # noqa: E402
-from implementations.jax_backend.kernels.causal_conv import causal_conv  # noqa: E402
-from implementations.jax_backend.kernels.gated_gelu import gated_gelu  # noqa: E402
-from implementations.jax_backend.kernels.rg_lru_step import rg_lru_step  # noqa: E402
-from implementations.jax_backend.kernels.rms_norm import add_rms_norm, rms_norm  # noqa: E402
-from implementations.jax_backend.kernels.rope import rope  # noqa: E402
+from benchmarks import cases
+from implementations.jax_backend.kernels.attention_step import attention_step
+from implementations.jax_backend.kernels.causal_conv import causal_conv
+from implementations.jax_backend.kernels.gated_gelu import gated_gelu
+from implementations.jax_backend.kernels.rg_lru_step import rg_lru_step
+from implementations.jax_backend.kernels.rms_norm import add_rms_norm, rms_norm
+from implementations.jax_backend.kernels.rope import rope
 
 # --- What a program moves.
 

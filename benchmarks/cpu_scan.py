@@ -6,10 +6,14 @@ of 1 and 8 sequences. Ratios are times of JAX over times of PyTorch; the goal is
 Exits with 1 where one is above it.
 """
 
-import argparse
-import subprocess
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import subprocess
 
 import pandas as pd
 

@@ -14,33 +14,37 @@ sleep    200 runs that sleep a second and import no framework, four at a time: i
 budget   60 tiny training_speed runs in both backends: where each second of their jobs goes
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from slurm_cluster import Node, Partition, SlurmCluster  # noqa: E402
-from slurm_shims import SlurmShims  # noqa: E402
+from slurm_cluster import Node, Partition, SlurmCluster
+from slurm_shims import SlurmShims
 
-from suites.harness import provenance, record, submission  # noqa: E402
-from suites.harness.execute import Task, new_attempt  # noqa: E402
-from suites.harness.measure import sample  # noqa: E402
-from suites.harness.record import PHASES, Record  # noqa: E402
-from suites.harness.submission import Submission  # noqa: E402
+from suites.harness import provenance, record, submission
+from suites.harness.execute import Task, new_attempt
+from suites.harness.measure import sample
+from suites.harness.record import PHASES, Record
+from suites.harness.submission import Submission
 
 NUM_RUNS = 10_000
 VARIANTS = ("family=mqa,mqa_local,hawk,griffin", "backend=jax,torch", "size=tiny")  # 8
@@ -185,7 +189,6 @@ def write_records(store: Path) -> None:
 # --- Runs that sleep.
 
 SUBMIT = """
-from pathlib import Path
 from suites import compose, jobs
 from suites.harness import plan, reconcile
 from suites.harness.cluster import Cluster

@@ -18,19 +18,20 @@ Memory and races, where NVIDIA's tool is: compute-sanitizer --tool memcheck (the
 python benchmarks/kernels.py --only parity --budget 3600.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # run as a script: the root of the repository is what is imported from
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import cases as plans
 from benchmarks import timing

@@ -15,19 +15,23 @@ report      `aerie report`: tables, figures and pages
 unchanged   the tables of that report are those of the same records without an index
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import cycle, islice, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,10 +39,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-from synthetic_records import BACKENDS, FAMILIES, SPEED, record, sample  # noqa: E402
+from synthetic_records import BACKENDS, FAMILIES, SPEED, record, sample
 
-from suites.harness import provenance  # noqa: E402
-from suites.harness.record import Record, Sample, record_path  # noqa: E402
+from suites.harness import provenance
+from suites.harness.record import Record, Sample, record_path
 
 NUM_NEW = 100
 LOAD_S, REPORT_S, MEMORY_GIB = 5.0, 30.0, 2e9 / 2**30
@@ -50,7 +54,6 @@ CHILDREN = {
 }
 CHILD = """
 import json, resource, sys, time
-from pathlib import Path
 start = time.perf_counter()
 store, out = map(Path, sys.argv[1:3])
 {code}

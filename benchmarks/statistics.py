@@ -11,26 +11,27 @@ not met. The synthetic ones take half a minute, recording two, the real ones (`-
 about 12: record and measure on a machine that does nothing else.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's folder would hide Python's own statistics
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import csv
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
-if not __package__:  # run as a script: the root of the repository is what is imported from
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from analysis import statistics
 from suites.harness import plan

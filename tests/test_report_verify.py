@@ -148,7 +148,8 @@ def test_hidden_text_is_not_what_a_page_shows(copied):
     ("file", "pattern"),
     [("report.md", r"\| (\d+\.\d)x? \["), ("report.tex", r"& (\d+\.\d)x? "),
      ("tables/headline_backend_jax_torch.tex", r"& (\d+\.\d)x? "),
-     ("tables/backend_jax_torch.csv", r",(\d+\.\d+),"), ("tables/parity.csv", r",(1e-0?6|0\.000001),"),
+     ("tables/backend_jax_torch.csv", r",(\d+\.\d+),"),
+     ("tables/parity.csv", r",(1e-0?6|0\.000001),"),
      ("samples.csv", r",(\d+\.\d+),"), ("records.csv", r",(1700000)")],
 )  # fmt: skip
 def test_a_changed_number_of_a_file_is_named(copied, file, pattern):
