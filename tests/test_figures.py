@@ -203,7 +203,10 @@ def test_hostile_labels_are_drawn_as_they_are(label):
     figure = drawn("training_throughput", frame_of(records))
     words = " ".join(svg_of(figure).itertext())
     shown = " ".join("".join(c if c.isprintable() else " " for c in label).split())
-    assert (shown if len(shown) < drawing.LONGEST else "xxx...") in " ".join(words.split())
+    shown = shown if len(shown) < drawing.LONGEST else "xxx..."
+    assert shown in " ".join(words.split())
+    entries = [text.get_text().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    assert any(shown in entry for entry in entries)
     FigureCanvasAgg(figure).draw()
 
 
@@ -336,6 +339,68 @@ def test_ratios_are_read_without_colour(frame):
         assert verdict in ("JAX faster", "JAX slower", "equivalent", "inconclusive", "unpaired")
     assert any(number.split("\n")[0].endswith("*") for number in words)
     assert checks.UNVERIFIED in figure.get_supxlabel()
+
+
+# ghosts of the literature
+
+
+def ghosts_of(figure):
+    return {label: line for axes in figure.axes for line in axes.get_lines()
+            if "De et al. 2024" in (label := str(line.get_label()))}  # fmt: skip
+
+
+def test_ghosts_are_ratios_of_the_paper_where_size_and_shape_are_the_same():
+    lengths = (1024, 2048, 8192)
+    records = [training(f, "jax", r, n, model={"size": "400m"})
+               for f in FAMILIES for r in (0, 1) for n in lengths]  # fmt: skip
+    (line,) = ghosts_of(drawn("relative_step_time", frame_of(records))).values()
+    assert line.get_label() == "Griffin: De et al. 2024, TPU-v3"
+    assert list(line.get_xdata()) == [2048, 8192]  # no 1,024 in the paper, no 4,096 in ours
+    np.testing.assert_allclose(line.get_ydata(), [0.93 / 1.00, 0.98 / 1.46])
+    assert (line.get_color(), line.get_markerfacecolor()) == (style.GHOST, "none")
+    assert line.get_linestyle() == "None"
+    small = [training(f, "jax", r, n) for f in FAMILIES for r in (0, 1) for n in lengths]
+    assert not ghosts_of(drawn("relative_step_time", frame_of(small)))
+
+
+def test_ghosts_of_decoding_stand_beside_ratios_alone():
+    records = [make(f, "jax", 0, n, prompt, model={"size": "1b"})
+               for f in FAMILIES for n in (512, 4096)
+               for make, prompt in ((synthetic.latency, 1), (synthetic.throughput, 1))]  # fmt: skip
+    latency, throughput = (drawn(name, frame_of(records))
+                           for name in ("latency_by_tokens", "throughput_by_tokens"))  # fmt: skip
+    for figure in (latency, throughput):
+        above, below = figure.axes
+        assert not [line for line in above.get_lines() if line.get_color() == style.GHOST]
+        assert [line for line in below.get_lines() if line.get_color() == style.GHOST]
+    ghosts = ghosts_of(throughput)
+    np.testing.assert_allclose(ghosts["Hawk: De et al. 2024, TPU-v3"].get_ydata(), [2.5, 14.8])
+    (griffin,) = (v for k, v in ghosts_of(latency).items() if k.startswith("Griffin"))
+    np.testing.assert_allclose(griffin.get_ydata(), [12.5 / 12.1, 99.9 / 135.4], rtol=1e-6)
+
+
+def test_ghosts_of_scans_are_relative_to_the_sequential_scan():
+    shape = {"dtype": "bfloat16", "model": {"size": "100m", "d_rnn": 1024}}
+    records = [synthetic.scan("jax", v, 0, n, **shape, phase=phase)
+               for v in ("sequential", "associative") for n in (1024, 2048)
+               for phase in ("evaluate", "train")]  # fmt: skip
+    figure = drawn("relative_scan_time", frame_of(records))
+    (line,) = ghosts_of(figure).values()
+    assert line.axes is figure.axes[0]  # the paper has no backward pass
+    np.testing.assert_allclose(line.get_ydata(), [3.63 / 1.79, 6.87 / 3.30])
+    assert not ghosts_of(drawn("kernel_speed", frame_of(records)))  # milliseconds of a TPU
+
+
+def test_ghosts_of_losses_are_distances_from_mqa():
+    records = [record("language_modeling", family, "jax", seq_len=2048, num_steps=2,
+                      samples=(sample("loss", loss),),
+                      model={"size": "400m", "window_size": window})
+               for family, window, loss in (("mqa", None, 3.0), ("mqa_local", 512, 3.1),
+                                            ("griffin", 1024, 2.9))]  # fmt: skip
+    ghosts = ghosts_of(drawn("window_sizes", frame_of(records)))
+    (griffin,) = (v for k, v in ghosts.items() if k.startswith("Griffin"))
+    np.testing.assert_allclose(griffin.get_ydata(), [3.0 + 2.581 - 2.599])
+    assert all("their distance from MQA" in label for label in ghosts)
 
 
 # colours: Machado, Oliveira and Fernandes 2009, "A Physiologically-based Model for Simulation of

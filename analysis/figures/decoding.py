@@ -1,6 +1,6 @@
 """Prefill and decoding: time to the first token and after it, and how many readers fit."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import checks, derive, load, settings, statistics, style, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
 PROMPT_LEN = "Prompt length (tokens)"
@@ -44,7 +44,8 @@ def latency_by_tokens(frame: pd.DataFrame) -> Figure | None:
     ratios = drawing.over_mqa(frame, rows, "decode_time_s")
     notes = ["The time to the first token (TTFT) is not included."]
     return _by_tokens(rows, ratios, METRICS["decode_time_s"].label, "Time relative to MQA", notes,
-                      asked=drawing.asked_of(frame, "decode_latency"))  # fmt: skip
+                      asked=drawing.asked_of(frame, "decode_latency"),
+                      ghosts=literature.latency)  # fmt: skip
 
 
 def throughput_by_tokens(frame: pd.DataFrame) -> Figure | None:
@@ -65,7 +66,8 @@ def throughput_by_tokens(frame: pd.DataFrame) -> Figure | None:
         )
     return _by_tokens(rows, _best_over_mqa(frame, rows), "Most tokens/s over batch sizes",
                       "Tokens/s relative to MQA", notes,
-                      asked=drawing.asked_of(frame, "decode_throughput"))  # fmt: skip
+                      asked=drawing.asked_of(frame, "decode_throughput"),
+                      ghosts=literature.throughput)  # fmt: skip
 
 
 def _by_tokens(
@@ -76,6 +78,7 @@ def _by_tokens(
     notes: Iterable[str],
     *,
     asked: pd.DataFrame,
+    ghosts: Callable[[Axes, pd.DataFrame], None],
 ) -> Figure | None:
     """A column for each prompt_len (and size, dtype, device): values above, multiples of MQA's
     below where there is an MQA."""
@@ -96,6 +99,7 @@ def _by_tokens(
         if num_rows == 2:
             column[1].axhline(1, color=style.family_color("mqa"), linewidth=1.2)
             drawing.draw_lines(column[1], over, "num_new_tokens", places=places)
+            ghosts(column[1], over)
         column[-1].set_xlabel(NUM_NEW_TOKENS)
         words = [f"{PROMPT_LEN.split(' (')[0]} {key[4]:,.0f}"]
         words += [f"batch {key[5]:,.0f}"] if "batch_size" in keys else []
@@ -107,7 +111,7 @@ def _by_tokens(
     if num_rows == 2:
         notes += drawing.keep_in_sight(grid[1, 0], ratios, reference=1.0)
         grid[1, 0].set_ylabel(ratio_label)
-    drawing.legend(figure, grid[0])
+    drawing.legend(figure, grid.flat)
     drawing.note(figure, notes, rows)
     return figure
 

@@ -305,8 +305,9 @@ def ghost(
     error: Any,
     name: str,
     *,
-    marker: str = "D",
-    source: str = "De et al. 2024, TPU-v3",
+    marker: str,
+    source: str,
+    is_across: bool = False,
 ) -> None:
     """What the literature reports, as grey, hollow, thin marks: not measured here. No line
     connects them, and their errors are those of reading them."""
@@ -314,8 +315,8 @@ def ghost(
     axes.plot(at, value, marker=marker, markersize=7, mew=0.8, linestyle="none",
               color=style.GHOST, markerfacecolor="none", zorder=1.5,
               label=f"{text(name)}: {text(source)}")  # fmt: skip
-    axes.errorbar(at, value, yerr=np.nan_to_num(error), fmt="none", ecolor=style.GHOST,
-                  elinewidth=0.8, zorder=1.5)  # fmt: skip
+    axes.errorbar(at, value, **{"xerr" if is_across else "yerr": np.nan_to_num(error)},
+                  fmt="none", ecolor=style.GHOST, elinewidth=0.8, zorder=1.5)  # fmt: skip
 
 
 def keep_in_sight(

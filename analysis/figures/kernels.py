@@ -1,12 +1,14 @@
 """Kernels: the recurrence alone by variant, and how near to the machine's limits runs come."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import checks, comparisons, derive, load, settings, style, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, literature
 from suites.harness.record import METRICS, PASSES
 
 SEQ_LEN = "Sequence length (tokens)"
@@ -39,7 +41,9 @@ def relative_scan_time(frame: pd.DataFrame) -> Figure | None:
     )
     found = found[(found["metric"] == "op_time_ms") & found["speedup"].notna()]
     rows, notes = _one_scan(frame, drawing.as_multiples(rows, found))
-    return _scans(rows, f"Time relative to {SEQUENTIAL} (1)", notes, reference=1.0)
+    return _scans(
+        rows, f"Time relative to {SEQUENTIAL} (1)", notes, reference=1.0, decorate=literature.scan
+    )
 
 
 def roofline(frame: pd.DataFrame) -> Figure | None:
@@ -85,8 +89,8 @@ def _one_scan(frame: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, li
     rows = rows[rows["linear_scan"].notna()]
     if rows.empty:
         return rows, []
-    rows = rows.assign(model=derive.variants(rows, "model"))
-    places = [*drawing.PANEL, "family", "model", "batch_size"]
+    rows = rows.assign(shape=derive.variants(rows, "model"))
+    places = [*drawing.PANEL, "family", "shape", "batch_size"]
     most = rows.groupby(places, sort=False).size().idxmax()
     left_out = len(rows)
     rows = rows[(rows[places] == list(most)).all(axis=1)]
@@ -107,6 +111,7 @@ def _scans(
     notes: list[str],
     *,
     reference: float | None = None,
+    decorate: Callable[[Axes, pd.DataFrame], None] | None = None,
 ) -> Figure | None:
     """A panel for each op and pass, a line for each variant and backend."""
     if rows.empty:
@@ -127,6 +132,8 @@ def _scans(
             name = f"{drawing.text(variant)}, {drawing.text(style.backend_label(backend))}"
             name += "" if verified else f" {checks.UNVERIFIED}"
             drawing.draw(axes, line, "seq_len", look, name, places=places)
+        if decorate is not None:
+            decorate(axes, part)
         axes.set_title(f"{drawing.text(op)}, {PASSES[phase]}")
         axes.set_xlabel(SEQ_LEN)
         drawing.log_lengths(axes, places)

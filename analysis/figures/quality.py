@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import derive, power_law, style
-from analysis.figures import drawing
+from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
 SUITE = "language_modeling"
@@ -149,6 +149,7 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
             drawing.draw(axes, line, "seq_len", look | {"linestyle": "none"}, name)
         local = part[~part["is_global"]]
         drawing.draw_lines(axes, local, "window")
+        literature.windows(axes, part)
         places = np.append(local["window"].to_numpy(dtype=float), float(key[-1]))
         drawing.log_lengths(axes, places)
         axes.set_xlabel("Window size (tokens, itself included)")

@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import checks, comparisons, settings, style, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
 SEQ_LEN = "Sequence length (tokens)"
@@ -23,6 +23,7 @@ def relative_step_time(frame: pd.DataFrame) -> Figure | None:
         SEQ_LEN,
         "Step time relative to MQA",
         reference=1.0,
+        decorate=literature.step_time,
         asked=drawing.asked_of(frame, "training_speed"),
     )
 
@@ -75,6 +76,7 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
             name = f"{drawing.text(variant)}, {drawing.text(style.backend_label(backend))}"
             axes.plot(value, y, **look, label=name if verified else f"{name} {checks.UNVERIFIED}")
             drawing.draw_intervals(axes, y, value, low, high, look, is_across=True)
+    literature.step_by_scan(axes, rows, names)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"{METRICS['step_time_ms'].label.split(' (')[0]} relative to {base}")
