@@ -30,6 +30,7 @@ MAX_PANELS = 4
 MAX_LINES = 12
 WIDTH = 7.2  # inches: 700 pixels of a page, at which 9.5 points can still be read
 LONGEST = 60  # characters of a label
+CUT = "Some intervals reach beyond the axis; the tables have their ends."
 TOP = 0.985  # of a panel: where what was lost is marked
 
 
@@ -340,7 +341,7 @@ def keep_in_sight(
     top = min(top, high)
     axes.set_ylim(bottom, top)
     is_cut = (rows["low"] < bottom).any() or (rows["high"] > top).any()
-    return ["Some intervals reach beyond the axis; the tables have their ends."] if is_cut else []
+    return [CUT] if is_cut else []
 
 
 # words, ticks, legends

@@ -68,7 +68,11 @@ def roofline(frame: pd.DataFrame) -> Figure | None:
             top = line.sort_values("value").iloc[-1]
             axes.annotate(what, (top["intensity"], top["value"]), textcoords="offset points",
                           xytext=(0, 9), ha="center", fontsize=8, color=style.INK)  # fmt: skip
-        axes.margins(y=0.12)
+        tops = [line.get_ydata().max() for line in axes.get_lines()
+                if not line.get_label().startswith("_")]  # fmt: skip
+        axes.set_ylim(part["value"].min() / 4, 3 * max(tops))
+        if (part["low"] < axes.get_ylim()[0]).any() or (part["high"] > axes.get_ylim()[1]).any():
+            notes.append(drawing.CUT)
         axes.set_title(drawing.text(f"{device}, {dtype}"))
         axes.set_xlabel("Arithmetic intensity (FLOP/byte)")
     for axis in (*(axes.xaxis for axes in grid), grid[0].yaxis):
@@ -185,11 +189,14 @@ def _roof(axes: Axes, frame: pd.DataFrame, device: str, dtype: str, part: pd.Dat
     axes.fill_between(at, low, high, color=style.GRID, alpha=0.3, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    bounded = np.minimum(part["intensity"] * num_bytes["max"], flops["max"])
+    above = int((part["value"] > bounded).sum())
+    more = f" {above} above it: small weights stay in caches." if above else ""
     whose = drawing.text(flops["field"])
     whose = (
         "measured; grey: its range over runs" if whose == "measured" else f"data sheet of {whose}"
     )
     return (
         f"Peaks of {name}, {dtype} ({whose}): {flops['median'] / 1e9:,.4g} GFLOP/s, "
-        f"{num_bytes['median'] / 1e9:,.4g} GB/s."
+        f"{num_bytes['median'] / 1e9:,.4g} GB/s.{more}"
     )
