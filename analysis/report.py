@@ -227,12 +227,9 @@ def draw(
 
 
 def _literal(figure: Figure) -> None:
-    """A label is no formula, whatever dollars it holds; ticks of powers of ten are."""
+    """Labels without characters that no font and no XML has; drawing.text has seen to dollars."""
     for text in figure.findobj(Text):
-        label = text.get_text()
-        if label and not label.startswith(r"$\mathdefault{"):
-            text.set_text(formats.visible(label))
-            text.set_parse_math(False)
+        text.set_text(formats.visible(text.get_text()))
 
 
 def _svg(figure: Figure) -> str:

@@ -414,6 +414,7 @@ def test_a_hostile_label_is_text_in_every_figure(hostile):
         assert not root.findall(".//{*}script")
     texts = " ".join("".join(root.itertext()) for root in (ET.parse(p).getroot() for p in drawn))
     assert "<script>" in texts  # as text
+    assert "$\\frac$" in texts  # no formula
 
 
 def test_records_of_a_hostile_report_are_json(hostile):
