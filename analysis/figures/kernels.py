@@ -191,7 +191,7 @@ def _roof(axes: Axes, frame: pd.DataFrame, device: str, dtype: str, part: pd.Dat
     axes.set_yscale("log")
     bounded = np.minimum(part["intensity"] * num_bytes["max"], flops["max"])
     above = int((part["value"] > bounded).sum())
-    more = f" {above} above it: small weights stay in caches." if above else ""
+    more = f" {above} above its range: small weights may stay in caches." if above else ""
     whose = drawing.text(flops["field"])
     whose = (
         "measured; grey: its range over runs" if whose == "measured" else f"data sheet of {whose}"
