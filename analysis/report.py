@@ -16,7 +16,6 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from analysis import (
     claims,
@@ -214,7 +213,6 @@ def draw(
             if figure is None:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            _literal(figure)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph")  # of a label: a box stands for it
                 FigureCanvasAgg(figure).print_png(folder / f"{name}.png")  # savefig draws twice
@@ -224,12 +222,6 @@ def draw(
         inline = _inline(svg, figures.describe(name, figure))
         made.append(Drawing(name, figures.caption(name), inline, command))
     return made
-
-
-def _literal(figure: Figure) -> None:
-    """Labels without characters that no font and no XML has; drawing.text has seen to dollars."""
-    for text in figure.findobj(Text):
-        text.set_text(formats.visible(text.get_text()))
 
 
 def _svg(figure: Figure) -> str:
