@@ -160,16 +160,19 @@ LENGTHS = [2**power for power in range(9, 16)]
 TIMED = list(product(LENGTHS, SIZES, ("float32", "bfloat16"), (32, 128, 512, 1024, 2048, 4096),
                      (2, 3, 4)))  # fmt: skip
 
+LEARNED = list(product(SIZES, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3), (0.0, 0.01, 0.05, 0.1, 0.2),
+                       (10, 20, 50, 100), (2, 3, 4)))  # fmt: skip
+
 
 def _blocks() -> Iterator[Record]:
-    timed, decoded = cycle(TIMED), cycle(TIMED[::-1])
+    timed, decoded, learned = cycle(TIMED), cycle(TIMED[::-1]), cycle(LEARNED)
     for turn in range(10**6):
         for place in range(9):
             yield from _timing("training_speed", 12, f"{turn}-{place}", *next(timed))
         for place in range(4):
             yield from _timing("decode_latency", 6, f"{turn}-d{place}", *next(decoded))
         for place in range(6):
-            yield from _quality(turn * 6 + place)
+            yield from _quality(turn * 6 + place, *next(learned))
         if turn < 6:
             yield from _parity(*list(product(("float32", "bfloat16"), (2, 3, 4)))[turn])
 
@@ -219,14 +222,18 @@ def _times(suite: str, level: float, rng: np.random.Generator) -> Iterator[Sampl
     yield sample("peak_memory_bytes", 4e8 * level)
 
 
-def _quality(number: int) -> Iterator[Record]:
+def _quality(
+    number: int, size: str, rate: float, decay: float, warmup: int, conv: int
+) -> Iterator[Record]:
     rng = np.random.default_rng(number)
-    optimizer = {"name": "adamw", "learning_rate": 1e-4 * (1 + number)}
+    optimizer = {"name": "adamw", "learning_rate": rate, "weight_decay": decay,
+                 "num_warmup_steps": warmup, "num_steps": 200}  # fmt: skip
     for family, backend, seed in product(FAMILIES, BACKENDS, range(3)):
         offset = 0.1 / SPEED[family] + 1e-4 * number + 1e-3 * rng.normal()
         yield record(
             "language_modeling", family, backend, seed=seed, seq_len=128, num_steps=200,
-            optimizer=optimizer, host=f"node{number % 7}", block=None,
+            optimizer=optimizer, model=SIZES[size] | {"size": size, "conv_width": conv},
+            host=f"node{number % 7}", block=None,
             build=_build("language_modeling", backend, is_old=number % 13 == 12),
             samples=(
                 *(sample("train_loss", 1.6 + offset + 3.9 * np.exp(-step / 8), at=5 * step)
