@@ -410,6 +410,18 @@ def test_a_search_that_ended_at_its_bound_found_no_largest_batch():
     assert "the search ended at max_batch_size" in found.evidence
 
 
+def test_a_griffin_that_sees_all_keys_says_nothing_of_windows():
+    def loss(family, seed):
+        one = World().record("language_modeling", family, "400m", [sample("loss", 2.5)], seed=seed,
+                             seq_len=2048, batch_size=64, num_steps=100)  # fmt: skip
+        one.run["model"]["window_size"] = None
+        return one
+
+    frame = frame_of([loss(family, seed) for family in ("mqa", "griffin") for seed in range(3)])
+    assert BY_NAME["window_of_1k"].check(frame).verdict == NOT_TESTED
+    assert BY_NAME["griffin_learns_more"].check(frame).has_numbers
+
+
 @pytest.mark.parametrize(("name", "value"), [("num_layers", 1), ("gate", "none"), ("d_mlp", 64)])
 def test_a_model_that_was_changed_is_not_of_the_papers_size(name, value):
     one = World().record("training_speed", "hawk", "100m", [sample("step_time_ms", 1)], seq_len=8)

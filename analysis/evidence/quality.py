@@ -147,13 +147,14 @@ def windows(
     """Loss less that of global MQA at each training length, at equal tokens."""
     made = []
     for group in _losses(frame, ["seq_len"], ["size", "shared_model", "num_tokens"]):
+        if (window := group.settings["window_size"]) is None:
+            continue  # it sees all keys
         found = [t for t in group.varied() if group.has((family, t), ("mqa", t))]
         if not found:
             continue
         keys = [(name, t) for t in found for name in (family, "mqa")]
-        window = int(group.settings["window_size"])
         first = (
-            f"loss of {label_of(family)} with a window of {window:,} less global MQA's, "
+            f"loss of {label_of(family)} with a window of {int(window):,} less global MQA's, "
             f"trained at {found[0]:,}"
         )
         quantities = [
