@@ -67,10 +67,16 @@ class _Groups:
         self.start = np.cumsum(self.size) - self.size  # of each, where rows are in order
         self.first = np.flatnonzero(~pd.Series(self.number).duplicated())
 
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """Each group's from `start` on, the least first."""
+        return values[np.lexsort((values, self.number))]
+
     def median(self, values: np.ndarray) -> np.ndarray:
-        values = values[np.lexsort((values, self.number))]
-        middle = values[self.start + (self.size - 1) // 2], values[self.start + self.size // 2]
-        return (middle[0] + middle[1]) / 2
+        return self.middle(self.in_order(values))
+
+    def middle(self, in_order: np.ndarray) -> np.ndarray:
+        low, high = self.start + (self.size - 1) // 2, self.start + self.size // 2
+        return (in_order[low] + in_order[high]) / 2
 
 
 def _is_counted(frame: pd.DataFrame) -> pd.Series:
@@ -92,7 +98,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     least = groups["value"].min().to_numpy()
     made = words(pd.concat([rows[key].iloc[numbers.first].reset_index(drop=True),
                             groups[settings].first()], axis=1))  # fmt: skip
-    made["value"] = numbers.median(value)
+    in_order = numbers.in_order(value)
+    made["value"] = numbers.middle(in_order)
     made["num_processes"] = numbers.size
     for name, column in (
         ("num_rounds", "round"),
@@ -105,21 +112,21 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rank = rows["parity"].map(PARITY_ORDER.index).groupby(numbers.number, sort=False).max()
     made["parity"] = rank.map(dict(enumerate(PARITY_ORDER)))
     made["is_current"] = groups["is_current"].min()
-    # statistics.median_interval of fewer than 20 processes, of all groups at once
+    # statistics.median_interval, of all groups at once
     n, is_log = numbers.size, least > 0
     scaled = np.log(value, out=value.copy(), where=is_log[numbers.number])
     scaled = pd.Series(scaled).groupby(numbers.number, sort=False)
     mean, deviation = scaled.mean().to_numpy(), scaled.std(ddof=1).to_numpy()
     half = statistics.student_half_width(np.maximum(n, 2), deviation)
-    for name, end in (("low", mean - half), ("high", mean + half)):
-        made[name] = np.where(
-            n > 1, np.where(is_log, np.exp(np.where(is_log, end, 0)), end), np.nan
-        )
-    is_many = (n >= statistics.BOOTSTRAP_ROUNDS) & ~made["metric"].isin(CURVES).to_numpy()
-    by_group = value[np.argsort(numbers.number, kind="stable")]
-    for place in np.flatnonzero(is_many):
-        values = by_group[numbers.start[place] : numbers.start[place] + n[place]]
-        made.loc[place, ["low", "high"]] = statistics.median_interval(values)
+    is_many = n >= statistics.MEDIAN_PROCESSES
+    skipped = statistics.num_skipped(np.maximum(n, statistics.MEDIAN_PROCESSES))
+    skipped = np.where(is_many, skipped, 0)
+    for name, end, place, outer in (
+        ("low", mean - half, numbers.start + skipped, np.minimum),
+        ("high", mean + half, numbers.start + n - 1 - skipped, np.maximum),
+    ):
+        few = outer(np.where(is_log, np.exp(np.where(is_log, end, 0)), end), made["value"])
+        made[name] = np.where(is_many, in_order[place], np.where(n > 1, few, np.nan))
     variant = outcomes(frame).set_index("cell_id")["variant"]
     return made.assign(variant=made["cell_id"].map(variant))
 

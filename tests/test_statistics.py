@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from synthetic_records import record, sample
 
 from analysis import comparisons, derive, statistics, tables
@@ -70,8 +72,8 @@ def test_student_interval_is_that_of_scipy(n):
     assert statistics.student_interval(values) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("n", [20, 37])
-def test_median_interval_of_many_rounds_is_exact_order_statistics(n):
+@pytest.mark.parametrize("n", [6, 7, 8, 9, 12, 19, 20, 37])
+def test_median_interval_from_six_processes_is_exact_order_statistics(n):
     values = np.random.default_rng(n).lognormal(size=n)
     want = scipy.stats.quantile_test(values, p=0.5).confidence_interval(0.95)
     assert statistics.median_interval(values) == pytest.approx((want.low, want.high))
@@ -135,9 +137,9 @@ def test_ranks_that_are_drawn_are_those_of_resampled_medians(m):
 def test_speedup_lies_within_its_interval_with_and_without_repeats():
     ours, baseline = rounds(1.02, 24)
     repeats = [side[:, None] * (1 + 0.001 * np.arange(-2, 3)) for side in (ours, baseline)]
-    for given in (None, repeats):
+    for resampled in (None, repeats):
         for better in ("lower", "higher"):
-            found = statistics.compare(ours, baseline, better=better, repeats=given)
+            found = statistics.compare(ours, baseline, better=better, repeats=resampled)
             assert found.interval[0] < found.speedup < found.interval[1]
             assert (found.speedup > 1) == (better == "lower")
 
@@ -151,7 +153,7 @@ def test_outliers_are_flagged_and_kept():
 
 
 @pytest.mark.parametrize("shift", [0.0, -2.0])
-@pytest.mark.parametrize("n", [1, 2, 5, 19, 20, 31])
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 8, 19, 20, 31])
 def test_summaries_of_all_cells_at_once_have_the_interval_of_each(n, shift):
     values = np.random.default_rng(n).lognormal(size=n) + shift  # -2: some are negative
     records = [record(round=r, samples=(sample("mfu", v),)) for r, v in enumerate(values)]
@@ -159,6 +161,28 @@ def test_summaries_of_all_cells_at_once_have_the_interval_of_each(n, shift):
     assert cell["value"] == pytest.approx(np.median(values))
     want = statistics.median_interval(values) or (np.nan, np.nan)
     assert (cell["low"], cell["high"]) == pytest.approx(want, nan_ok=True)
+
+
+def test_median_interval_of_six_processes_is_their_range():
+    assert statistics.median_interval([3.0, 1.0, 2.0, 9.0, 4.0, 5.0]) == (1.0, 9.0)
+
+
+def test_median_of_two_modes_lies_within_its_interval():
+    """Seven processes near 100 ms and five at 150: their geometric mean is at neither."""
+    values = [100.0, 100.1, 99.9, 100.2, 99.8, 100.0, 100.1] + [150.0] * 5
+    records = [record(round=r, samples=(sample("mfu", v),)) for r, v in enumerate(values)]
+    cell = derive.summary(frame_of(records)).iloc[0]
+    assert (cell["low"], cell["value"], cell["high"]) == (100.0, pytest.approx(100.15), 150.0)
+    assert statistics.median_interval(values) == (100.0, 150.0)
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6) | st.floats(1e-3, 1e6), min_size=2, max_size=40))
+@example([1.1] * 3)
+@example([1.0, 1.0, 1.0, 1.0, 1000.0])
+def test_a_median_always_lies_within_its_interval(values):
+    low, high = statistics.median_interval(values)
+    assert low <= np.median(values) <= high
 
 
 def test_no_interval_of_positive_values_reaches_zero():
