@@ -39,6 +39,7 @@ QUESTION = (
 RECORDS = "records.parquet"
 HERE = Path(__file__).parent
 
+MOST_VALUES = 12  # of a setting that are put side by side, one pair after the other
 Pair = tuple[str, str, str]  # a setting, and two values of it that are put side by side
 
 
@@ -81,7 +82,7 @@ def sections(
         *(told if is_of_paper else ()),
         Section("matching", "Matching certificate", [tables.certificate(frame)]),
         Section("tables", "Side by side", [*brief, *([bounds] if bounds.rows else [])],
-                empty="No run in this store can be compared."),
+                note=_sweeps(frame), empty="No run in this store can be compared."),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
         *([Section("ablations", "Ablations", ablations)] if ablations else ()),
@@ -151,16 +152,34 @@ def write_report(
 def pairs(frame: pd.DataFrame, defaults: Mapping[str, Iterable[str]] | None = None) -> list[Pair]:
     """JAX beside PyTorch, each other family beside MQA, and of each setting of model, kernels or
     optimizer that was varied every other value beside its baseline: that of `defaults`, if it was
-    measured."""
+    measured. A setting of very many values is a sweep, and no list of pairs."""
     made = [("backend", "jax", "torch")]
     families = settings.values_of(frame, "family")
     if "mqa" in families:
         made += [("family", family, "mqa") for family in families if family != "mqa"]
-    for by, values in settings.varying(frame).items():
-        if by in settings.RESOLVED or by.startswith(("model.", "kernels.", "optimizer.")):
+    for by, values in _varied(frame).items():
+        if len(values) <= MOST_VALUES:
             baseline = settings.baseline_of(by, values, defaults)
             made += [(by, value, baseline) for value in values if value != baseline]
     return made
+
+
+def _varied(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    return {
+        by: values
+        for by, values in settings.varying(frame).items()
+        if by in settings.RESOLVED or by.startswith(("model.", "kernels.", "optimizer."))
+    }
+
+
+def _sweeps(frame: pd.DataFrame) -> str:
+    """Which settings have too many values to be put side by side."""
+    return " ".join(
+        f"{by} has {len(values):,} values, which are not paired here; aerie compare --by {by} "
+        "puts them side by side."
+        for by, values in _varied(frame).items()
+        if len(values) > MOST_VALUES
+    )
 
 
 def comparison_tables(
