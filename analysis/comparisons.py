@@ -90,12 +90,17 @@ def _grouped(frame: pd.DataFrame, by: str) -> tuple[list[list[dict]], dict[tuple
     variants = settings.variants(table, by).to_dict()
     grouped: dict[int, list[dict]] = {}
     asked: dict[tuple, set[str]] = {}
-    for cell in outcomes(frame).to_dict("records"):
+    for cell in _cells(frame):
         if (name := cell["cell_id"]) in groups:
-            cell |= {"side": sides[name], "variant": variants[name]}
+            cell = cell | {"side": sides[name], "variant": variants[name]}
             grouped.setdefault(groups[name], []).append(cell)
             asked.setdefault((cell["suite"], cell["family"]), set()).add(sides[name])
     return list(grouped.values()), asked
+
+
+@remembered
+def _cells(frame: pd.DataFrame) -> list[dict]:
+    return outcomes(frame).to_dict("records")
 
 
 @remembered
@@ -119,7 +124,7 @@ def _comparisons(
     found = pairs(frame, by, ours, baseline)
     evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in found], wanted)
     facts = _facts_of(frame, wanted)
-    made = []
+    columns: dict[str, list] = {name: [] for name in _PAIR_COLUMNS}
     for left, right in found:
         ours_facts, baseline_facts = (facts.get(_id(side), {}) for side in (left, right))
         points = [*ours_facts, *baseline_facts]
@@ -135,8 +140,9 @@ def _comparisons(
             row |= _pair_row(left, right, a, b, metric, at, compared)
             if by == "backend" and left and right and left["variant"] != right["variant"]:
                 row["variant"] = f"{left['variant']} beside {right['variant']}"
-            made.append(row)
-    rows = pd.DataFrame(made, columns=_PAIR_COLUMNS)
+            for name, values in columns.items():  # many: pandas would look for keys in each row
+                values.append(row.get(name))
+    rows = pd.DataFrame(columns)
     return rows.astype({name: "float64" for name in _PAIR_NUMBERS})
 
 
@@ -190,52 +196,73 @@ def _evidence(
     """The rounds that both cells of a pair have, by (cell, cell, metric, at): values of both
     sides, whether the two processes shared a block, a node and a device, and how noisy that is.
     From 20 rounds on the repeats of both too."""
-    rows = processes(frame)
-    names = ["cell_id", "run_id", "metric", "at", "seed", "round", "value", "block", "node",
-             "device_name"]  # fmt: skip
-    rows = rows.loc[is_wanted(rows, wanted), names]
-    rows["at"] = rows["at"].fillna(-1)
-    ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell_id", "other"])
-    ids = ids.drop_duplicates().astype(object)
-    both = ids.merge(rows.astype({"cell_id": object}), on="cell_id").merge(
-        rows.rename(columns={"cell_id": "other"}).astype({"other": object}),
-        on=["other", "metric", "at", "seed", "round"],
-        suffixes=("", "_2"),
+    cells, rows = _rounds(frame, wanted)
+    ids = pd.DataFrame([pair for pair in pairs if None not in pair], columns=["cell", "other"])
+    ids = pd.DataFrame({side: cells.get_indexer(ids[side]) for side in ids}).drop_duplicates()
+    ours, theirs = (rows[rows["cell"].isin(ids[side])] for side in ids)
+    both = ids.merge(ours, on="cell").merge(
+        theirs.rename(columns={"cell": "other"}), on=["other", "point"], suffixes=("", "_2")
     )
-    both = both.sort_values(["seed", "round"], kind="stable").reset_index(drop=True)
-    in_block = (both["block"].notna() & (both["block"] == both["block_2"])).to_numpy(dtype=bool)
-    together = in_block.copy()
-    for name in ("node", "device_name"):
-        same = both[name].notna() & (both[name] == both[f"{name}_2"])
-        together &= same.to_numpy(dtype=bool)
+    pair = both["cell"].to_numpy() * len(cells) + both["other"].to_numpy()
+    order = np.lexsort((both["round"], both["seed"], both["what"], pair))
+    both, pair = both.iloc[order].reset_index(drop=True), pair[order]
+    in_block, *on_one = (_is_same(both, name) for name in ("block", "node", "device_name"))
     columns = {
         "ours": both["value"].to_numpy(dtype=float),
         "baseline": both["value_2"].to_numpy(dtype=float),
         "seed": both["seed"].to_numpy(dtype=int),
         "in_block": in_block,
-        "together": together,
-        "margin": _margins(frame, both),
+        "together": np.logical_and.reduce([in_block, *on_one]),
+        "margin": both["margin"].to_numpy(dtype=float),
     }
-    key = ["cell_id", "other", "metric", "at"]
-    groups = both.groupby(key, sort=False, observed=True).indices if len(both) else {}
+    what = both["what"].to_numpy()
+    starts = np.flatnonzero((np.diff(pair, prepend=-1) != 0) | (np.diff(what, prepend=-1) != 0))
+    ends = [*starts[1:], len(both)][: len(starts)]
+    parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    first = both.iloc[starts]
+    keys = zip(cells[first["cell"]], cells[first["other"]], first["metric"], first["at"],
+               strict=True)  # fmt: skip
     found = {
         (cell, other, metric, None if at < 0 else at): {
-            name: values[places] for name, values in columns.items()
+            name: values[part] for name, values in columns.items()
         }
-        for (cell, other, metric, at), places in groups.items()
+        for (cell, other, metric, at), part in zip(keys, parts, strict=True)
     }
-    many = [rows for rows in groups.values() if len(rows) >= statistics.BOOTSTRAP_ROUNDS]
+    many = [part for part in parts if part.stop - part.start >= statistics.BOOTSTRAP_ROUNDS]
     if many:
-        columns |= _repeats(frame, both, np.concatenate(many))
-        for rounds, places in zip(found.values(), groups.values(), strict=True):
-            if len(places) >= statistics.BOOTSTRAP_ROUNDS:
-                rounds |= {name: columns[name][places] for name in ("repeats", "repeats_2")}
+        columns |= _repeats(frame, both, np.concatenate([np.r_[part] for part in many]))
+        for rounds, part in zip(found.values(), parts, strict=True):
+            if part.stop - part.start >= statistics.BOOTSTRAP_ROUNDS:
+                rounds |= {name: columns[name][part] for name in ("repeats", "repeats_2")}
     return found
 
 
-def _margins(frame: pd.DataFrame, both: pd.DataFrame) -> np.ndarray:
+@remembered
+def _rounds(frame: pd.DataFrame, wanted: tuple[str, ...]) -> tuple[pd.Index, pd.DataFrame]:
+    """The cells, and the processes of each by its place there, as numbers that are fast to join:
+    `what` stands for a metric and its `at`, `point` for these in one seed and round."""
+    rows = processes(frame)
+    names = ["cell_id", "run_id", "metric", "at", "seed", "round", "value", "block", "node",
+             "device_name"]  # fmt: skip
+    rows = rows.loc[is_wanted(rows, wanted), names].reset_index(drop=True)
+    rows["at"] = rows["at"].fillna(-1)
+    rows["margin"] = _margins(frame, rows)
+    for name, key in (("what", ["metric", "at"]), ("point", ["metric", "at", "seed", "round"])):
+        rows[name] = rows.groupby(key, sort=False, observed=True).ngroup()
+    rows["cell"], cells = pd.factorize(rows.pop("cell_id"))
+    for name in ("block", "node", "device_name"):
+        rows[name], _ = pd.factorize(rows[name])
+    return pd.Index(np.asarray(cells, dtype=object)), rows
+
+
+def _is_same(both: pd.DataFrame, name: str) -> np.ndarray:
+    ours, theirs = both[name].to_numpy(), both[f"{name}_2"].to_numpy()
+    return (ours >= 0) & (ours == theirs)
+
+
+def _margins(frame: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
     floors = noise.floors(frame)
-    places = zip(both["node"], both["device_name"], both["metric"], strict=True)
+    places = zip(rows["node"], rows["device_name"], rows["metric"], strict=True)
     unknown = statistics.noise_floor(())
     return np.array([floors.get(place, unknown) for place in places], dtype=float)
 

@@ -96,17 +96,15 @@ def of_runs(frame: Any, runs: Iterable[Run]) -> Any:
     from analysis import checks
 
     wanted = {(run.cell_id, run.seed) for run in runs}
-    pairs = zip(frame["cell_id"], frame["seed"], strict=True)
-    is_wanted = np.array([pair in wanted for pair in pairs], dtype=bool)
-
-    def keys(rows: Any) -> list[tuple]:
-        texts = rows[checks.PARITY_KEY].astype(object).where(rows[checks.PARITY_KEY].notna(), None)
-        return list(texts.itertuples(index=False, name=None))
-
-    verified = set(keys(frame[is_wanted]))
-    is_parity = (frame["suite"] == "parity").to_numpy()
-    speaks = np.array([key in verified for key in keys(frame)], dtype=bool)
-    return frame[is_wanted | (is_parity & speaks)].reset_index(drop=True)
+    attempts = frame[~frame["attempt"].duplicated()]
+    places = zip(attempts["cell_id"], attempts["seed"], strict=True)
+    is_wanted = np.array([place in wanted for place in places], dtype=bool)
+    texts = attempts[checks.PARITY_KEY].astype(object)
+    keys = list(texts.where(texts.notna(), None).itertuples(index=False, name=None))
+    verified = set(itertools.compress(keys, is_wanted))
+    speaks = (attempts["suite"] == "parity") & [key in verified for key in keys]
+    kept = attempts.loc[is_wanted | speaks, "attempt"]
+    return frame[frame["attempt"].isin(kept)].reset_index(drop=True)
 
 
 def command_of(name: str, overrides: list[str], store: Path) -> str:
@@ -153,7 +151,7 @@ def defaults(frame: Any) -> dict[str, list[str]]:
     chosen = compose.defaults()
     groups = {group: [choice] for group, choice in chosen.items()} | {"suite": ["training_speed"]}
     for group in ("size", "family"):
-        measured = dict.fromkeys(frame[group].dropna())
+        measured = frame[group].dropna().unique()
         groups[group] += [name for name in measured if name in compose.choices(group)]
     files = compose.Files({group: list(dict.fromkeys(names)) for group, names in groups.items()})
     made: dict[str, list[str]] = {}
