@@ -410,6 +410,38 @@ def test_a_search_that_ended_at_its_bound_found_no_largest_batch():
     assert "the search ended at max_batch_size" in found.evidence
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "families", "lambda_init", "lacks"),
+    [
+        (10, ("griffin", "hawk"), "paper", "tokens, not 2.5e+10"),
+        (190735, ("griffin",), "paper", "nothing of Hawk at both"),
+        (190735, ("griffin", "hawk"), "code", "decays that start as in the released code"),
+        (190735, ("griffin", "hawk"), "paper", ""),
+    ],
+)
+def test_longer_training_asks_for_the_budget_and_both_families(
+    num_steps, families, lambda_init, lacks
+):
+    def trained(family, seq_len, seed):
+        loss = 3 + 0.001 * seed + (0.03 if seq_len == 8192 else 0.0005 * seed)
+        samples = [
+            sample("loss_by_position", loss, at=at) for at in (0, *(2**k for k in range(11)))
+        ]
+        one = World().record("language_modeling", family, "1b", samples, seed=seed,
+                             seq_len=seq_len, batch_size=131072 // seq_len,
+                             num_steps=num_steps)  # fmt: skip
+        one.run["model"]["lambda_init"] = lambda_init
+        return one
+
+    made = [trained(*each) for each in product(families, (2048, 8192), range(3))]
+    proxies = [*World().parity()]
+    for one in proxies:
+        one.run["model"]["lambda_init"] = lambda_init
+    found = BY_NAME["longer_training_costs_early"].check(frame_of([*made, *proxies]))
+    assert found.verdict == (NOT_AT_SCALE if lacks else REPRODUCED), found.evidence
+    assert lacks in found.evidence
+
+
 def test_a_griffin_that_sees_all_keys_says_nothing_of_windows():
     def loss(family, seed):
         one = World().record("language_modeling", family, "400m", [sample("loss", 2.5)], seed=seed,

@@ -186,8 +186,9 @@ def longer_training(frame: pd.DataFrame) -> list[Finding]:
         part = part.assign(value=part["run_id"].map(means))
         shared = ["kernels", "data", "recipe", "size", "shared_model", "num_tokens"]
         for group in groups(part, ["seq_len"], shared, SEED):
-            pairs = [[(family, long), (family, short)] for family in ("griffin", "hawk")]
-            pairs = [pair for pair in pairs if group.has(*pair)]
+            pairs = {family: [(family, long), (family, short)] for family in ("griffin", "hawk")}
+            missing = [label_of(family) for family, pair in pairs.items() if not group.has(*pair)]
+            pairs = [pair for pair in pairs.values() if group.has(*pair)]
             keys = [key for pair in pairs for key in pair]
             where = (
                 f"over the first {short // 4:,} positions, trained at {long:,} less at {short:,}"
@@ -198,7 +199,9 @@ def longer_training(frame: pd.DataFrame) -> list[Finding]:
                 )
                 for pair in pairs
             ]
-            lacks = lacks_of(group, keys, ("1b",), device=None)
+            lacks = _lacks(group, keys, ("1b",))
+            if missing:
+                lacks.append(f"nothing of {' and '.join(missing)} at both")
             if (short, long) != (LENGTHS[0], LENGTHS[2]):
                 lacks.append(f"training lengths of {short:,} and {long:,}, not 2,048 and 8,192")
             made += group.finding(quantities, keys, lacks, "seed")
