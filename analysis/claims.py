@@ -6,8 +6,8 @@ checked by ratios and shapes, never by absolutes of another machine, and the ver
     reproduced                   at the paper's scale every quantity lies, with its whole interval,
                                  where the claim says, in verified runs of 6 rounds or 3 seeds
     not reproduced               at the paper's scale one lies, with its whole interval, elsewhere
-    not tested at this scale     there are numbers, but of another scale or too few to tell; also,
-                                 always, where the scale is out of reach
+    not tested at this scale     there are numbers, but of another scale, unpaired or too few to
+                                 tell; also, always, where the scale is out of reach
     not tested                   no record speaks of it
 
 How a claim finds its numbers is in analysis/evidence.
@@ -137,8 +137,10 @@ def table(frame: pd.DataFrame, *, is_whole: bool) -> Table:
     words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     note = (
         f"{words}. Reproduced and not reproduced are said of verified runs at the paper's scale "
-        "alone, of 6 rounds or 3 seeds, whose whole interval (95%) lies on one side. Compared are "
-        "ratios and shapes; the paper's seconds are a TPU-v3's, and its text is not public."
+        "alone, of 6 rounds or 3 seeds, whose whole interval (95%) lies on one side. A family's "
+        "growth over workloads is unpaired, as each is a block of its own, and has no such "
+        "verdict; a ratio of two families' growths has. Compared are ratios and shapes; the "
+        "paper's seconds are a TPU-v3's, and its text is not public."
     )
     columns = ["name", "claim", "place", "paper", "ours", "verdict", "evidence", "tolerance",
                "num_runs", "run_ids"]  # fmt: skip

@@ -1,9 +1,12 @@
 """What our records say of a claim: quantities with intervals, grouped by the settings they share.
 
-A quantity is a ratio of times or a difference of losses, taken within a round (or a seed) on one
-node, and the interval over rounds. A finding is what one group of settings (backend, dtype,
-device, size, ...) says; it names what it lacks of the paper's scale. Families with another pattern
-than the paper's are no evidence.
+A quantity is a ratio of times, taken within a round of one block on one node, or a difference of
+losses, taken within a seed, and the interval over rounds or seeds. Where workloads differ, blocks
+do: a growth over lengths or sizes is unpaired and told without a verdict, but a ratio of two
+growths is one of paired ratios, each of one workload, and is judged.
+
+A finding is what one group of settings (backend, dtype, device, size, ...) says; it names what it
+lacks of the paper's scale. Families with another pattern than the paper's are no evidence.
 """
 
 import json
@@ -11,6 +14,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,9 @@ from analysis import checks, derive, published, statistics, style
 from analysis.remember import remembered
 
 RATIO, NATS = "x", "nats/token"
-ROUND, SEED = ("node", "seed", "round"), ("seed",)  # what makes two processes a pair
+# what makes two processes a pair
+ROUND, SEED = ("node", "device_name", "seed", "round", "block"), ("seed",)
+OTHER_NODE, OTHER_BLOCK = "no round of all on one node", "not of one block"  # what makes them none
 INF = float("inf")
 ABOVE_ONE, ABOVE_ZERO, BELOW_ZERO = (1.0, INF), (0.0, INF), (-INF, 0.0)
 ANY = (-INF, INF)  # a number that is told and not judged
@@ -50,6 +56,7 @@ class Quantity:
     interval: Region | None  # None: unknown; of an exact value both its ends
     holds: Region  # where the claim says that it lies
     unit: str = RATIO
+    unpaired: str = ""  # why a ratio is of medians alone
 
     @property
     def does_hold(self) -> bool | None:
@@ -68,6 +75,7 @@ class Quantity:
         text = form.format(self.value) + ("x" if self.unit == RATIO else "")
         if self.interval is not None and self.interval[0] < self.interval[1]:
             text += f" [{', '.join(form.format(edge) for edge in self.interval)}]"
+        text += " unpaired" if self.unpaired else ""
         return f"{text} {NATS}" if self.unit == NATS else text
 
 
@@ -78,7 +86,7 @@ class Finding:
     where: str
     quantities: tuple[Quantity, ...]
     lacks: tuple[str, ...] = ()  # of the paper's scale
-    count: int = 0  # rounds or seeds, of the quantity that has fewest
+    count: int = 0  # rounds or seeds, of the judged quantity that has fewest
     unit: str | None = None  # "round" or "seed"; None: exact, nothing is counted
     is_verified: bool = True
     run_ids: tuple[str, ...] = ()
@@ -99,13 +107,12 @@ class Finding:
 
     def shortcomings(self) -> list[str]:
         made = list(self.lacks)
-        if self.unit and not self.count:
-            made.append(
-                f"no {self.unit} of all on one node"
-                if self.unit == "round"
-                else "no seed that all have"
-            )
-        elif self.count < self.least:
+        judged = [quantity for quantity in self.quantities if quantity.holds != ANY]
+        unpaired = dict.fromkeys(f"unpaired: {one.unpaired}" for one in judged if one.unpaired)
+        made += unpaired
+        if self.unit == "seed" and not self.count:
+            made.append("no seed that all have")
+        elif not unpaired and self.count < self.least:
             made.append(f"{_count(self.count, self.unit)} of {self.least}")
         if not self.is_verified:
             made.append(checks.UNVERIFIED)
@@ -131,7 +138,8 @@ def _count(number: int, word: str) -> str:
 @dataclass
 class Group:
     """The processes of one group of settings: a column for each key (the family, then what is
-    varied), a row for each node, seed and round. Plain values: there may be thousands of groups."""
+    varied), a row for each place in ROUND or SEED. Plain values: there may be thousands of
+    groups."""
 
     settings: dict[str, Any]
     columns: dict[Key, dict[Key, float]] = field(default_factory=dict)
@@ -155,15 +163,36 @@ class Group:
     def ratio(
         self, label: str, over: Sequence[Key], under: Sequence[Key], holds: Region
     ) -> tuple[Quantity, int]:
-        """The product of some columns over that of others, row by row; and how many rows."""
-        rows = self.rows([*over, *under])
-        if not rows.size:  # not on one node: the bare ratio of medians
+        """The product of some columns over that of others, round by round, each of these over one
+        of those of its block; and how many rounds."""
+        pairings = [list(zip(over, order, strict=True)) for order in permutations(under)]
+        rounds = max(map(self._rounds, pairings), key=len)
+        if not rounds:  # the bare ratio of medians
             top, bottom = (np.prod([self._typical(key) for key in keys]) for keys in (over, under))
-            return Quantity(label, float(top / bottom), None, holds), 0
-        top, bottom = rows[:, : len(over)].prod(axis=1), rows[:, len(over) :].prod(axis=1)
-        found = statistics.compare(bottom, top)
+            nodes = [{row[:-1] for row in self.columns[key]} for key in (*over, *under)]
+            why = OTHER_BLOCK if set.intersection(*nodes) else OTHER_NODE
+            return Quantity(label, float(top / bottom), None, holds, unpaired=why), 0
+        found = statistics.compare(np.ones(len(rounds)), rounds)
         value = float("nan") if found.speedup is None else found.speedup
-        return Quantity(label, value, found.interval, holds), len(rows)
+        return Quantity(label, value, found.interval, holds), len(rounds)
+
+    def _rounds(self, pairs: Sequence[tuple[Key, Key]]) -> list[float]:
+        """The product of these ratios in each round of a node that has all: each is of one block,
+        two of them may be of two."""
+        ratios = []
+        for above, below in pairs:
+            found: dict[Key, list[float]] = {}
+            for row, value in self.columns[above].items():
+                if None not in row and (other := self.columns[below].get(row)) is not None:
+                    ratio = value / other if other > 0 else 0.0  # of which compare makes nothing
+                    found.setdefault(row[:-1], []).append(ratio)
+            ratios.append({row: _median(values) for row, values in found.items()})
+        first, *others = ratios
+        return [
+            float(np.prod([one[row] for one in ratios]))
+            for row in first
+            if all(row in other for other in others)
+        ]
 
     def difference(
         self, label: str, plus: Sequence[Key], minus: Sequence[Key], holds: Region
@@ -189,11 +218,13 @@ class Group:
         """One finding, or none where nothing was found."""
         if made:
             ids = dict.fromkeys(run_id for key in keys for run_id in self.ids[key])
+            # a quantity that is told alone needs no rounds
+            judged = [count for quantity, count in made if quantity.holds != ANY]
             yield Finding(
                 where=where(self.settings),
                 quantities=tuple(quantity for quantity, _ in made),
                 lacks=tuple(dict.fromkeys(lacks)),
-                count=min(count for _, count in made),
+                count=min(judged),
                 unit=unit,
                 is_verified=all(self.verified[key] for key in keys),
                 run_ids=tuple(ids),
