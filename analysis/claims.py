@@ -4,7 +4,9 @@ A claim is a sentence of arXiv:2402.19427 (or 2404.07839) with its number and it
 checked by ratios and shapes, never by absolutes of another machine, and the verdict is
 
     reproduced                   at the paper's scale every quantity lies, with its whole interval,
-                                 where the claim says, in verified runs of 6 rounds or 3 seeds
+                                 where the claim says, in verified runs of 6 rounds or 3 seeds;
+                                 exact counts of parameters and bytes need no rounds, and caches
+                                 no scale
     not reproduced               at the paper's scale one lies, with its whole interval, elsewhere
     not tested at this scale     there are numbers, but of another scale, unpaired or too few to
                                  tell; also, always, where the scale is out of reach
@@ -136,11 +138,12 @@ def table(frame: pd.DataFrame, *, is_whole: bool) -> Table:
     counts = {name: sum(found.verdict == name for _, found in checked) for name in VERDICTS}
     words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     note = (
-        f"{words}. Reproduced and not reproduced are said of verified runs at the paper's scale "
-        "alone, of 6 rounds or 3 seeds, whose whole interval (95%) lies on one side. A family's "
-        "growth over workloads is unpaired, as each is a block of its own, and has no such "
-        "verdict; a ratio of two families' growths has. Compared are ratios and shapes; the "
-        "paper's seconds are a TPU-v3's, and its text is not public."
+        f"{words}. But for exact counts of parameters and bytes, reproduced and not reproduced are "
+        "said of verified runs at the paper's scale alone, of 6 rounds or 3 seeds, whose whole "
+        "interval (95%) lies on one side. A family's growth over workloads is unpaired, as each is "
+        "a block of its own, and has no such verdict; a ratio of two families' growths has. "
+        "Compared are ratios and shapes; the paper's seconds are a TPU-v3's, and its text is not "
+        "public."
     )
     columns = ["name", "claim", "place", "paper", "ours", "verdict", "evidence", "tolerance",
                "num_runs", "run_ids"]  # fmt: skip

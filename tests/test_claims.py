@@ -3,6 +3,7 @@ measured to say; every number here is made up."""
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,6 +277,27 @@ def test_another_size_is_told_and_not_judged(verdicts, name):
         if name not in ("linear_beats_associative", "kernel_beats_associative",
                         "pallas_beats_native"):  # fmt: skip
             assert "size tiny, which the paper does not have" in found.evidence
+
+
+def test_a_tiny_model_on_a_cpu_judges_exact_counts_alone():
+    frame = frame_of(World(size="tiny", kind="cpu").records())
+    told = claims.table(frame, is_whole=True)
+    judged = told.frame.loc[told.frame["verdict"].isin([REPRODUCED, NOT_REPRODUCED]), "name"]
+    assert set(judged) == {"cache_growth"}  # the formulas need widths, which it has none of here
+    words = "but for exact counts of parameters and bytes"
+    assert words in told.note.lower()
+    readme = Path(__file__).parents[1] / "README.md"
+    assert words in " ".join(readme.read_text(encoding="utf-8").lower().split())
+
+
+def test_counts_of_parameters_speak_of_the_sizes_that_were_seen(verdicts):
+    seen = verdicts["true"]["num_params"]
+    assert seen.verdict == REPRODUCED
+    assert "at 100m, 200m, 400m, 1b, not seen at 3b, 7b, 14b: " in seen.evidence
+    one = World().record("training_speed", "hawk", "1b", [sample("step_time_ms", 1)], seq_len=8)
+    alone = BY_NAME["num_params"].check(frame_of([one]))
+    assert alone.verdict == REPRODUCED
+    assert "at 1b, not seen at 100m, 200m, 400m, 3b, 7b, 14b: Hawk 1b has" in alone.evidence
 
 
 def test_an_empty_store_tests_nothing(verdicts):

@@ -48,7 +48,8 @@ def _counts() -> dict[tuple[str, str], float]:
 
 
 def num_params(frame: pd.DataFrame) -> list[Finding]:
-    quantities, ids = [], []
+    """Of the sizes that were seen, which it names beside those that were not."""
+    quantities, ids, seen = [], [], set()
     for (family, size), runs in _models(frame).groupby(
         ["family", "size"], sort=False, observed=True
     ):
@@ -58,7 +59,14 @@ def num_params(frame: pd.DataFrame) -> list[Finding]:
                 ratio = count / _counts()[family, size]
                 quantities.append(_exact(label, ratio, 1.0, BIASES))
             ids += runs["run_id"].to_list()
-    return [Finding("by its widths", tuple(quantities), run_ids=tuple(ids))] if quantities else []
+            seen.add(size)
+    if not quantities:
+        return []
+    sizes = list(dict.fromkeys(size for _, size in _counts()))
+    where = f"at {', '.join(size for size in sizes if size in seen)}"
+    if others := [size for size in sizes if size not in seen]:
+        where += f", not seen at {', '.join(others)}"
+    return [Finding(where, tuple(quantities), run_ids=tuple(ids))]
 
 
 def param_ratios(frame: pd.DataFrame) -> list[Finding]:
