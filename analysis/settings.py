@@ -165,11 +165,14 @@ def values_of(frame: pd.DataFrame, by: str) -> tuple[str, ...]:
 def baseline_of(
     by: str, values: Iterable[str], defaults: Mapping[str, Iterable[str]] | None = None
 ) -> str | None:
-    """What the others stand beside: by convention, else what configs/ have, else the first."""
+    """What the others stand beside: by convention, else what configs/ have, else the first; of
+    several it is one of them, and a single one stands beside the conventional one."""
     values = tuple(values)
     for name in (BASELINE.get(by), *(defaults or {}).get(by, ())):
         if name in values:
             return name
+    if len(values) > 1:
+        return values[0]
     return BASELINE.get(by) or next(iter(values), None)
 
 

@@ -41,11 +41,6 @@ def compare(
         compared = settings.varying(frame).get(by, values)  # values that have a partner
         if baseline is None:
             baseline = settings.baseline_of(by, compared, reports.defaults(frame))
-        if baseline not in values and len(values) > 1:
-            raise ValueError(
-                f"nothing of {by}={baseline} was measured, beside which others would stand; name "
-                f"another: --baseline {values[0]}. Known: {', '.join(values)}."
-            )
         if ours is not None and ours == baseline:
             raise ValueError(f"--ours {ours} is the baseline too; name another: --baseline.")
         others = [ours] if ours else [value for value in compared if value != baseline]

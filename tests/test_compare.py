@@ -128,6 +128,15 @@ def test_the_baseline_is_that_of_configs_else_the_first(values, defaults, want):
     assert settings.baseline_of("model.x", values, {"model.x": defaults}) == want
 
 
+@pytest.mark.parametrize("by", [*settings.BASELINE, "dtype"])
+def test_the_baseline_of_several_values_was_measured(by):
+    assert settings.baseline_of(by, ("hawk", "griffin")) == "hawk"
+    assert settings.baseline_of(by, ("griffin", "hawk"), {by: ["griffin"]}) == "griffin"
+    convention = settings.BASELINE.get(by, "hawk")
+    assert settings.baseline_of(by, ("hawk", convention)) == convention
+    assert settings.baseline_of(by, ("hawk",)) == convention  # it stands alone
+
+
 def test_configs_name_the_baseline_of_what_was_measured():
     big = {"size": "1b", "d_model": 2048, "window_size": 1024}
     made = reports.defaults(frame_of([*rounds(count=1), *rounds(count=1, model=big)]))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from synthetic_records import record, sample
+from synthetic_records import modeling, record, sample
 
 from analysis import factorial, report, tables, verify
 from analysis.load import frame_of
@@ -223,6 +223,18 @@ def test_a_level_of_which_no_run_completed_is_no_level():
     ]  # fmt: skip
     (made,) = factorial.ablations(frame_of(records + lost), "language_modeling").values()
     assert "some" not in " ".join(made.effects["levels"])
+
+
+def test_without_the_conventional_baseline_the_first_measured_level_is_it(tmp_path):
+    records = [
+        modeling(family, "jax", seed, model={"lambda_init": init})
+        for family, init, seed in product(("hawk", "griffin"), ("paper", "code"), range(3))
+    ]
+    (made,) = factorial.ablations(frame_of(records), "language_modeling").values()
+    assert made.baseline == {"family": "hawk", "model.lambda_init": "code"}
+    path = report.write_report(tmp_path, tmp_path / "out", title="T", command="c",
+                               frame=frame_of(records))  # fmt: skip
+    assert "family=griffin beside hawk" in path.with_suffix(".md").read_text()
 
 
 def test_a_baseline_of_what_does_not_vary_is_refused():
