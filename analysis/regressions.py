@@ -22,7 +22,7 @@ from analysis.vocabulary import plain
 from suites.harness.record import METRICS
 
 BETTER, WORSE, EQUIVALENT, UNKNOWN = "better", "worse", "equivalent", "inconclusive"
-LOST = "lost"  # measured in the baseline; here its runs did not complete
+LOST = "lost"  # a smaller share of its runs completed than in the baseline
 _NEAR = 3  # settings: cells that differ in more are no neighbours
 _COLUMNS = ["cell_id", "suite", "family", "size", "backend", "dtype", "device_kind", "op",
             "work_phase", "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps",
@@ -36,11 +36,13 @@ _COLUMNS = ["cell_id", "suite", "family", "size", "backend", "dtype", "device_ki
 @dataclass(frozen=True)
 class Found:
     """`rows`: a cell and metric that both have, each. `refused`: cells that both have on devices of
-    other kinds. `lone`: cells that one side has alone, with the nearest of the other."""
+    other kinds. `lone`: cells that one side has alone, with the nearest of the other. `missing`:
+    those of them that the baseline completed; ours has no run of them."""
 
     rows: pd.DataFrame
     refused: list[str]
     lone: list[str]
+    missing: list[str]
     num_cells: int
 
     @property
@@ -93,8 +95,8 @@ def compare(
                 both = (cells[0][cell], cells[1][cell])
                 rows.append(_row(*both, point, *found, limit))
     made = pd.DataFrame(rows, columns=_COLUMNS).astype({"is_regression": bool})
-    refused, lone = _unmatched(*cells, names)
-    return Found(tables.in_order(made), refused, lone, len(shared))
+    refused, lone, missing = _unmatched(*cells, names)
+    return Found(tables.in_order(made), refused, lone, missing, len(shared))
 
 
 def table(found: pd.DataFrame, names: tuple[str, str]) -> tables.Table:
@@ -198,8 +200,11 @@ def _row(
 ) -> dict[str, Any]:
     metric, at = point
     ratio, interval, verdict, reason = _judge(a.values, b.values, METRICS[metric].better, limit)
-    if not len(a.values) and not ours["num_completed"]:
+    shares = [cell["num_completed"] / cell["num_runs"] for cell in (ours, baseline)]
+    if shares[0] < shares[1]:
         verdict, reason = LOST, ours["status"]
+        if shares[0]:
+            reason = f"{reason}; {_completed(ours)} completed, {_completed(baseline)} before"
     is_worse = verdict == WORSE and limit is not None and is_beyond(ratio, limit)
     row = {name: plain(ours.get(name)) for name in _COLUMNS}
     for side, cell, found in (("ours", ours, a), ("baseline", baseline, b)):
@@ -220,6 +225,10 @@ def _row(
         "reason": reason,
         "is_regression": is_worse or (verdict == LOST and limit is not None),
     }
+
+
+def _completed(cell: dict[str, Any]) -> str:
+    return f"{cell['num_completed']} of {cell['num_runs']}"
 
 
 def _judge(
@@ -248,8 +257,8 @@ def _judge(
 
 def _unmatched(
     ours: dict[str, dict], baseline: dict[str, dict], names: tuple[str, str]
-) -> tuple[list[str], list[str]]:
-    """What is refused, and what one side has alone."""
+) -> tuple[list[str], list[str], list[str]]:
+    """What is refused, what one side has alone, and what of it is missing in ours."""
     alone = [
         {key: settings.flat(cell["settings"]) for key, cell in side.items() if key not in other}
         for side, other in ((ours, baseline), (baseline, ours))
@@ -259,7 +268,7 @@ def _unmatched(
         return tuple(item for item in cell.items() if item[0] != "device_kind")
 
     elsewhere = {without_device(cell): key for key, cell in alone[1].items()}
-    refused, lone, taken = [], [], set()
+    refused, lone, missing, taken = [], [], [], set()
     for key, cell in alone[0].items():
         if (partner := elsewhere.get(without_device(cell))) is not None:
             taken |= {key, partner}
@@ -273,7 +282,9 @@ def _unmatched(
                 nearest = _nearest(cell, alone[1 - place].values())
                 there = f"; the nearest in {names[1 - place]} has {nearest}" if nearest else ""
                 lone.append(f"{_words(cells[key])}: in {names[place]} alone{there}")
-    return refused, lone
+                if cells is baseline and cells[key]["num_completed"]:
+                    missing.append(_words(cells[key]))
+    return refused, lone, missing
 
 
 def _nearest(cell: dict[str, str | None], others: Iterable[dict[str, str | None]]) -> str | None:

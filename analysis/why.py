@@ -173,7 +173,8 @@ def _facts(frame: pd.DataFrame) -> pd.DataFrame:
     for name in PACKAGES:
         made[name] = [versions.get(name, "none") if versions and name in names else None
                       for versions, names in zip(found, used, strict=True)]  # fmt: skip
-    made["question_build"] = made["build"].str.partition(".")[2]
+    # not str.partition, which has no columns where no run completed
+    made["question_build"] = made["build"].map(lambda b: b.partition(".")[2], na_action="ignore")
     values = processes(frame)
     values = values.loc[values["at"].isna(), ["run_id", "suite", "metric", "value", "field"]]
     values = values.drop_duplicates(["run_id", "metric"]).astype({"suite": object})

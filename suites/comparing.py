@@ -77,7 +77,8 @@ def compare_files(
     as_json: bool = False,
 ) -> int:
     """The second of two files (or stores) beside the first. Exit code 1 where a headline metric is
-    worse by more than --fail-above, and the interval leaves no doubt that it is worse."""
+    worse by more than --fail-above, and the interval leaves no doubt that it is worse; and where a
+    cell of the first completes less often in the second, or is not in it."""
     from analysis import regressions, remember, why
 
     with one_line(), remember.remembering():
@@ -96,7 +97,7 @@ def compare_files(
                 ("ours", "baseline"), reversed(paths), (ours, baseline), strict=True
             )
         }
-    is_failed = bool(len(found.regressions))
+    is_failed = limit is not None and bool(len(found.regressions) or found.missing)
     if as_json:
         display.print_json(
             machines
@@ -105,6 +106,7 @@ def compare_files(
                 "rows": _rows(found.rows),
                 "refused": found.refused,
                 "lone": found.lone,
+                "missing": found.missing,
                 "why": [cause.to_json() for cause in causes],
                 "fail_above": limit,
                 "is_failed": is_failed,
@@ -127,7 +129,7 @@ def compare_files(
     _print_list("Not compared", found.lone)
     print_why(causes)
     if limit is not None:
-        _print_gate(found.rows, limit)
+        _print_gate(found, limit, names[0])
     return NOT_AS_PLANNED if is_failed else AS_PLANNED
 
 
@@ -157,10 +159,11 @@ def _print_list(title: str, lines: list[str]) -> None:
             display.say(f"and {len(lines) - MOST} more, with --json", "  ")
 
 
-def _print_gate(rows: Any, limit: float) -> None:
+def _print_gate(found: Any, limit: float, name: str) -> None:
     """A line a regression, then those that may be one, then the end in one line."""
-    from analysis import regressions
+    from analysis import regressions, statistics
 
+    rows = found.rows
     lines: dict[tuple[str, str], list[str]] = {}  # of a cell one
     for row in rows.to_dict("records"):
         label = METRICS[row["metric"]].label
@@ -175,15 +178,31 @@ def _print_gate(rows: Any, limit: float) -> None:
             lines.setdefault(("unclear", _words(row)), []).append(
                 f"{label} worse by {regressions.worse_by(row['ratio'])}, but {row['reason']}"
             )
-    for (mark, what), found in sorted(lines.items()):
-        display.say(f"{mark} {what}: {'; '.join(found)}")
-    num_failed = int(rows["is_regression"].sum())
-    num_unknown = int((rows["verdict"] == regressions.UNKNOWN).sum())
-    display.say(
-        f"regression gate {'failed' if num_failed else 'passed'}: {num_failed} of "
-        f"{display.count(len(rows), 'metric')} worse by more than {limit * 100:.3g}%, "
-        f"{num_unknown} without a verdict."
-    )
+    for what in found.missing:
+        lines["FAILED", what] = [f"{name} has no run of it"]
+    for (mark, what), reasons in sorted(lines.items()):
+        display.say(f"{mark} {what}: {'; '.join(reasons)}")
+    is_lost, is_unknown = (rows["verdict"] == v for v in (regressions.LOST, regressions.UNKNOWN))
+    is_failed = bool(len(found.regressions) or found.missing)
+    metrics = display.count(len(rows), "metric")
+    if is_unknown.all() and not is_failed:
+        fewest = int(rows[["num_processes_ours", "num_processes_baseline"]].min(axis=None))
+        display.say(
+            f"regression gate undecided: nothing was judged, {metrics} without a verdict. One "
+            f"needs {statistics.MIN_ROUNDS} processes a side at least, and more where they differ "
+            f"much; the fewest here are {fewest}."
+        )
+        return
+    words = [
+        f"{int((rows['is_regression'] & ~is_lost).sum())} of {metrics} worse by more than "
+        f"{limit * 100:.3g}%",
+        f"{int(is_unknown.sum())} without a verdict",
+    ]
+    if lost := rows.loc[is_lost, "cell_id"].nunique():
+        words.append(f"{display.count(lost, 'cell')} not completed as before")
+    if found.missing:
+        words.append(f"{display.count(len(found.missing), 'cell')} not in {name}")
+    display.say(f"regression gate {'failed' if is_failed else 'passed'}: {', '.join(words)}.")
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -280,8 +299,8 @@ def _what_varies(frame: Any) -> str:
 
 
 def _measuring(metrics: tuple[str, ...], *frames: Any) -> list[Any]:
-    """The suites of each frame that measure some of these metrics, and parity; all where no metric
-    is named."""
+    """The suites that measure some of these metrics in any frame, and parity; all where no metric
+    is named. A side of which no run completed measures none of them."""
     measured = [frame.loc[frame["suite"] != "parity", ["suite", "metric"]] for frame in frames]
     known = sorted({name for pairs in measured for name in pairs["metric"].dropna()})
     for name in metrics:
@@ -289,13 +308,10 @@ def _measuring(metrics: tuple[str, ...], *frames: Any) -> list[Any]:
             raise ValueError(did_you_mean("--metric", name, known))
     if not metrics:
         return list(frames)
-    kept = [
-        set(pairs.loc[pairs["metric"].isin(metrics), "suite"]) | {"parity"} for pairs in measured
-    ]
-    return [
-        frame[frame["suite"].isin(suites)].reset_index(drop=True)
-        for frame, suites in zip(frames, kept, strict=True)
-    ]
+    kept = {"parity"}.union(
+        *(pairs.loc[pairs["metric"].isin(metrics), "suite"] for pairs in measured)
+    )
+    return [frame[frame["suite"].isin(kept)].reset_index(drop=True) for frame in frames]
 
 
 def _rows(frame: Any) -> list[dict[str, Any]]:

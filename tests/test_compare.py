@@ -1,6 +1,7 @@
 """aerie compare: pairs by any setting, two files as a gate, and why two sides differ."""
 
 import json
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -325,6 +326,70 @@ def test_what_does_not_complete_any_more_is_lost():
     assert verdict(found) == ("lost", True)
     assert found.rows["reason"].item() == "out_of_memory"
     assert verdict(gate(lost, rounds())) == ("inconclusive", False)  # new: nothing to be worse than
+
+
+def lost(count: int, total: int = 8, **rest) -> list:
+    """So many of all runs out of memory, the first ones."""
+    none = {"outcome": "out_of_memory", "reason": "x"}
+    return [replace(timed(round=n, **none, **rest), samples=()) if n < count else
+            timed(round=n, **rest) for n in range(total)]  # fmt: skip
+
+
+def test_what_completes_less_often_is_lost():
+    (row,) = gate(rounds(count=8), lost(7)).rows.to_dict("records")
+    assert (row["verdict"], row["is_regression"]) == ("lost", True)
+    words = row["reason"].split("; ")
+    assert set(words[0].split(", ")) == {"1 completed", "7 out_of_memory"}
+    assert words[1] == "1 of 8 completed, 8 of 8 before"
+    assert verdict(gate(rounds(count=8), lost(1))) == ("lost", True)
+    assert verdict(gate(rounds(count=8), lost(1), limit=None)) == ("lost", False)
+    assert verdict(gate(lost(2), lost(2)))[1] is False
+    assert verdict(gate(lost(2), rounds(count=6)))[1] is False
+    assert verdict(gate(rounds(count=8), rounds(count=6)))[1] is False  # fewer rounds, all complete
+
+
+def test_a_cell_of_the_baseline_that_is_missing_fails_the_gate(aerie, files):
+    old, new, never = files(
+        old=[*rounds(), *rounds(family="mqa")],
+        new=[*rounds(), *rounds(family="hawk")],
+        never=[*rounds(), *lost(6, 6, family="mqa")],
+    )
+    done = aerie("compare", old, new, "--fail-above", "3%")
+    assert done.returncode == 1
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FAILED"))
+    assert line.startswith("FAILED training_speed, mqa, tiny, jax")
+    assert line.endswith(": new.parquet has no run of it")
+    assert done.stdout.splitlines()[-1] == (
+        "regression gate failed: 0 of 1 metric worse by more than 3%, 0 without a verdict, "
+        "1 cell not in new.parquet."
+    )
+    assert aerie("compare", old, new).returncode == 0  # no limit, no gate
+    assert aerie("compare", never, new, "--fail-above", "3%").returncode == 0  # it never completed
+    done = aerie("compare", old, new, "--fail-above", "3%", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["is_failed"], len(found["missing"])) == (1, True, 1)
+
+
+def test_a_lost_cell_fails_the_gate_by_any_metric(aerie, files):
+    """Where nothing of a suite completed, no record of the new side names the metric."""
+    old, new = files(old=rounds(), new=lost(6, 6))
+    done = aerie("compare", old, new, "--fail-above", "3%", "--metric", "step_time_ms")
+    assert done.returncode == 1
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FAILED"))
+    assert line.endswith("does not complete any more: out_of_memory")
+    assert "0 of 1 metric worse" in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1].endswith(", 1 cell not completed as before.")
+
+
+@pytest.mark.parametrize(("count", "noise"), [(3, 0.01), (6, 0.9)])
+def test_a_gate_that_judged_nothing_is_undecided(aerie, files, count, noise):
+    old, new = files(old=rounds(count=8, noise=noise), new=rounds(11, count, noise=noise, host="b"))
+    done = aerie("compare", old, new, "--fail-above", "3%")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == (
+        "regression gate undecided: nothing was judged, 1 metric without a verdict. One needs 6 "
+        f"processes a side at least, and more where they differ much; the fewest here are {count}."
+    )
 
 
 def test_cpu_and_accelerator_are_refused_by_cell():
