@@ -118,6 +118,8 @@ def of_files(ours: pd.DataFrame, baseline: pd.DataFrame) -> list[Cause]:
         facts = _facts(frame).sort_values(["cell_id", "seed", "round"], kind="stable")
         sides.append(facts.assign(place=facts.groupby("cell_id", sort=False).cumcount()))
     both = sides[0].merge(sides[1], on=["cell_id", "place"], suffixes=("_ours", "_baseline"))
+    if both.empty:
+        return []
     found = _paired(both, np.zeros(len(both), dtype=int))
     return _ranked(_causes(found, _differences(found, set()), np.arange(len(both))))
 
@@ -287,7 +289,7 @@ def _causes(found: _Pairs, differences: list[_Difference], places: np.ndarray) -
         split = _split(found, places, mask)
         if split is not None:
             is_shown, there, elsewhere = split
-            where += f"; the ratio is {there} there and {elsewhere} in the others"
+            where += f"; the ratio is {_times(there)} there and {_times(elsewhere)} in the others"
             weight = weight + PROVEN if is_shown else weight * n / total / 2
         else:
             weight *= n / total
@@ -300,9 +302,9 @@ def _causes(found: _Pairs, differences: list[_Difference], places: np.ndarray) -
     return made
 
 
-def _split(found: _Pairs, places: np.ndarray, mask: np.ndarray) -> tuple[bool, str, str] | None:
-    """Whether pairs with a difference do otherwise than those without, and the mean ratio of both;
-    None where they are too few to tell. Each is held against others of its two cells."""
+def _split(found: _Pairs, places: np.ndarray, mask: np.ndarray) -> tuple[bool, float, float] | None:
+    """Whether pairs with a difference do otherwise than those without, and the mean log ratio of
+    both; None where they are too few to tell. Each is held against others of its two cells."""
     ratio, group = found.ratio[places], found.group[places]
     counts = [np.bincount(group[part], minlength=group.max() + 1) for part in (mask, ~mask)]
     kept = (np.minimum(*counts) > 0)[group] & ~np.isnan(ratio)
@@ -313,8 +315,12 @@ def _split(found: _Pairs, places: np.ndarray, mask: np.ndarray) -> tuple[bool, s
     centred = ratio - means[group]
     apart, interval = statistics.welch(centred[mask], centred[~mask])
     is_shown = (interval[0] > 0 or interval[1] < 0) and abs(apart) > np.log1p(LEAST)
-    there, elsewhere = (f"{np.exp(ratio[part].mean()):.2f}x" for part in (mask, ~mask))
-    return is_shown, there, elsewhere
+    return is_shown, float(ratio[mask].mean()), float(ratio[~mask].mean())
+
+
+def _times(log_ratio: float) -> str:
+    ratio = np.exp(log_ratio)
+    return f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.3g}x"
 
 
 def _of_rounds(found: _Pairs) -> Iterator[Cause]:
@@ -344,10 +350,10 @@ def _of_rounds(found: _Pairs) -> Iterator[Cause]:
                 first, n, total = rows.iloc[places[0]], int(mask.sum()), len(places)
                 evidence = (
                     f"{name} {value} in {n:,} of {total:,} rounds of {first['suite_ours']}, "
-                    f"{first['family_ours']}: the ratio is {split[1]} there and {split[2]} in the "
-                    "others"
+                    f"{first['family_ours']}: the ratio is {_times(split[1])} there and "
+                    f"{_times(split[2])} in the others"
                 )
-                size = abs(np.log(float(split[1][:-1]) / float(split[2][:-1])))
+                size = abs(split[1] - split[2])
                 cause = Cause(name, kind, None, str(value), total, n, weight + PROVEN, evidence)
                 if best is None or size > best[0]:
                     best = (size, cause)

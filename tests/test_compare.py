@@ -1,6 +1,7 @@
 """aerie compare: pairs by any setting, two files as a gate, and why two sides differ."""
 
 import json
+import re
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -489,6 +490,19 @@ def test_a_cause_whose_pairs_show_it_comes_first():
     assert "triton: 3.6.0 -> 3.7.0 in 6 of 12 pairs of runs" in first.evidence
     assert "0.83x there and 1.00x in the others" in first.evidence
     assert [cause.what for cause in rest] == ["num_threads"]
+
+
+def test_a_tiny_ratio_has_its_digits():
+    """JAX takes 3000 times as long, and 1.6 times that in rounds of one node."""
+    made = []
+    for n in range(12):
+        slow = 1.6 if n % 2 else 1
+        made += [timed(3000 * slow, round=n, host=f"node{n % 2}"),
+                 timed(1, round=n, host=f"node{n % 2}", backend="torch")]  # fmt: skip
+    found = why.of_comparison(frame_of(made), "backend", "jax", "torch")
+    (cause,) = (cause for cause in found if cause.what == "node")
+    ratios = re.findall(r"([\d.]+)x", cause.evidence)
+    assert sorted(map(float, ratios)) == pytest.approx([1 / 4800, 1 / 3000], rel=0.02)
 
 
 def test_a_cause_that_its_pairs_deny_comes_last():
