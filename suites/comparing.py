@@ -1,5 +1,6 @@
 """aerie compare: of a store by one setting, or of two files of records, which is a gate for CI."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,12 @@ def _measuring(metrics: tuple[str, ...], *frames: Any) -> list[Any]:
 
 
 def _rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a frame; every kind of missing is null."""
-    import json
+    """Rows of a frame in full precision, which to_json has not; every kind of missing is null."""
+    return [{name: _bare(value) for name, value in row.items()} for row in frame.to_dict("records")]
 
-    return json.loads(frame.to_json(orient="records"))
+
+def _bare(value: Any) -> Any:
+    from analysis.vocabulary import plain
+
+    value = plain(value.item() if isinstance(value, np.generic) else value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -214,6 +214,25 @@ def test_rows_of_json_say_both_sides_and_why(aerie, store):
     assert row["why"][0]["evidence"] == "program: eager -> compiled in every pair of runs (6)"
 
 
+def test_json_rounds_nothing(aerie, tmp_path):
+    records = [modeling(family, "jax", seed) for family in ("mqa", "griffin") for seed in range(3)]
+    records = [
+        replace(one, samples=(sample("loss", 2 + i // 3 + 1e-7 * i**2),))
+        for i, one in enumerate(records)
+    ]
+    for one in records:
+        write(tmp_path, one)
+    done = aerie("compare", "--by", "family", "--metric", "loss", "--json", "--results", tmp_path)
+    (row,) = json.loads(done.stdout)
+    (want,) = comparisons.comparisons(
+        load.load(tmp_path), "family", "griffin", "mqa", metrics=("loss",)
+    ).to_dict("records")
+    assert 0 < row["p"] < 1e-10
+    assert {name: row[name] for name in ("p", "difference", "value_ours")} == {
+        name: want[name] for name in ("p", "difference", "value_ours")}  # fmt: skip
+    assert row["speedup"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
