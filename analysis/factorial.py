@@ -21,6 +21,7 @@ from analysis.vocabulary import HEADLINES, TIMES
 from suites.harness.record import METRICS
 
 NOT_ESTIMABLE, NOT_RESOLVED = "not estimable", "not resolved"
+ROUNDING = 1e-12  # of the largest value: what is smaller float64 makes of no difference at all
 _EFFECT_COLUMNS = ["effect", "levels", "difference", "low", "high", "p", "p_holm", "verdict",
                    "detectable", "reason"]  # fmt: skip
 _VARIANCE_COLUMNS = ["effect", "freedom", "sum_of_squares", "mean_square", "F", "p"]
@@ -198,7 +199,8 @@ class _Model:
         matrix = np.hstack([seeds, *parts.values()])
         self.freedom = len(rows) - _rank(matrix)
         self.solution, *_ = np.linalg.lstsq(matrix, self.value, rcond=None)
-        self.residual = float(((self.value - matrix @ self.solution) ** 2).sum())
+        self.rounding = ROUNDING * float(np.abs(self.value).max())
+        self.residual = self._residual(matrix, self.solution)
         self.inverse = np.linalg.pinv(matrix.T @ matrix)
         starts = np.cumsum([seeds.shape[1], *(part.shape[1] for part in parts.values())])
         self.start = dict(zip(self.terms, starts, strict=False))
@@ -216,14 +218,20 @@ class _Model:
         columns = steps[0] if len(steps) == 1 else np.outer(*steps).ravel()
         weights = np.zeros(len(self.solution))
         weights[self.start[term] : self.start[term] + len(columns)] = columns
-        return float(weights @ self.solution), float(weights @ self.inverse @ weights)
+        value = float(weights @ self.solution)
+        value = 0.0 if abs(value) < self.rounding else value
+        return value, float(weights @ self.inverse @ weights)
 
     def without(self, term: tuple[str, ...]) -> float:
         """The residual sum of squares of the model without one term."""
         rest = [part for other, part in self.parts.items() if other != term]
         matrix = np.hstack([self.seeds, *rest])
         solution, *_ = np.linalg.lstsq(matrix, self.value, rcond=None)
-        return float(((self.value - matrix @ solution) ** 2).sum())
+        return self._residual(matrix, solution)
+
+    def _residual(self, matrix: np.ndarray, solution: np.ndarray) -> float:
+        squares = float(((self.value - matrix @ solution) ** 2).sum())
+        return 0.0 if squares < len(self.value) * self.rounding**2 else squares
 
 
 def _effects(model: _Model, better: str) -> pd.DataFrame:

@@ -225,6 +225,24 @@ def test_a_level_of_which_no_run_completed_is_no_level():
     assert "some" not in " ".join(made.effects["levels"])
 
 
+def test_rounding_is_no_effect():
+    """Settings that change no bit: what differs between seeds leaves rounding of 1e-16."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        base = rng.normal(2.5, 0.1, 3)
+        made = factorial.effects(grid(lambda *cell, base=base: base[cell[-1]]))
+        assert set(made.effects["verdict"]) == {"not resolved"}
+        assert (made.effects["difference"] == 0).all()
+        assert (made.variance["sum_of_squares"] == 0).all()
+
+
+def test_a_difference_without_noise_is_resolved():
+    made = factorial.effects(grid(lambda a, b, c, seed: 2.5 + 0.1 * seed + 1e-9 * a))
+    verdicts = made.effects.set_index("effect")["verdict"]
+    assert verdicts.pop("a") == "worse"
+    assert set(verdicts) == {"not resolved"}
+
+
 def test_without_the_conventional_baseline_the_first_measured_level_is_it(tmp_path):
     records = [
         modeling(family, "jax", seed, model={"lambda_init": init})
