@@ -120,3 +120,8 @@ def line(
         "markerfacecolor": color if is_verified else "none",
         "markeredgecolor": color,
     }
+
+
+def unpaired(look: dict[str, Any]) -> dict[str, Any]:
+    """Of ratios that were not measured side by side: thin diamonds that nothing connects."""
+    return look | {"marker": "d", "markersize": 5, "linestyle": "none"}

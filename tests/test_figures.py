@@ -341,6 +341,88 @@ def test_ratios_are_read_without_colour(frame):
     assert checks.UNVERIFIED in figure.get_supxlabel()
 
 
+# ratios that were not measured side by side
+
+
+def apart(make, *names, lengths=(512, 1024), together=(), **rest):
+    """Records of each name; those of lengths in `together` are of one block."""
+    return frame_of([make(name, round, n, block="b" if n in together else f"b-{name}", **rest)
+                     for name in names for round in range(2) for n in lengths])  # fmt: skip
+
+
+def step(family, round, n, **rest):
+    return training(family, "jax", round, n, **rest)
+
+
+def step_by_scan(variant, round, n, **rest):
+    return training("hawk", "jax", round, n, kernels={"linear_scan": variant},
+                    provenance=synthetic.scan_kernels(variant), **rest)  # fmt: skip
+
+
+def scan_alone(variant, round, n, **rest):
+    return synthetic.scan("jax", variant, round, n, **rest)
+
+
+def seconds(family, round, n, **rest):
+    return synthetic.latency(family, "jax", round, n, 64, **rest)
+
+
+def rate(family, round, n, **rest):
+    return synthetic.throughput(family, "jax", round, n, **rest)
+
+
+RATIOS = [("relative_step_time", step, ("mqa", "griffin")),
+          ("latency_by_tokens", seconds, ("mqa", "griffin")),
+          ("throughput_by_tokens", rate, ("mqa", "griffin")),
+          ("relative_scan_time", scan_alone, ("sequential", "analytic")),
+          ("step_time_by_scan", step_by_scan, ("sequential", "analytic"))]  # fmt: skip
+
+
+def ratio_lines(figure):
+    return {name: line for name, line in lines_of(figure, -1).items()
+            if name.startswith(("Griffin", "analytic"))}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "make", "sides"), RATIOS)
+def test_unpaired_ratios_stand_on_no_line_and_are_counted(name, make, sides):
+    figure = drawn(name, apart(make, *sides))
+    ((label, line),) = ratio_lines(figure).items()
+    assert label.endswith(": unpaired")
+    assert (line.get_marker(), line.get_linestyle()) == ("d", "None")
+    assert len(line.get_xdata()) == 2
+    words = " ".join(figure.get_supxlabel().split())
+    assert "2 of 2 ratios are unpaired: not measured side by side" in words
+    assert label in figures.describe(name, figure)
+
+
+@pytest.mark.parametrize(("name", "make", "sides"), RATIOS)
+def test_paired_ratios_are_drawn_as_ever(name, make, sides):
+    figure = drawn(name, apart(make, *sides, together=(512, 1024)))
+    ((label, line),) = ratio_lines(figure).items()
+    assert line.get_marker() == "o"
+    assert "unpaired" not in label + figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(("name", "make", "sides"), RATIOS)
+def test_a_line_breaks_at_a_ratio_that_is_unpaired(name, make, sides):
+    lengths = (512, 1024, 2048)
+    figure = drawn(name, apart(make, *sides, lengths=lengths, together=(512, 2048)))
+    found = ratio_lines(figure)
+    (lone,) = (line for label, line in found.items() if label.endswith(": unpaired"))
+    (line,) = (line for label, line in found.items() if not label.endswith(": unpaired"))
+    assert len(lone.get_xdata()) == 1
+    if name != "step_time_by_scan":  # whose rows nothing connects
+        assert list(np.isnan(line.get_ydata())) == [False, True, False]
+    assert "1 of 3 ratios are unpaired" in figure.get_supxlabel()
+
+
+def test_ratios_of_different_machines_are_unpaired():
+    records = [step(family, round, n, host=f"node-{family}")
+               for family in ("mqa", "griffin")
+               for round in range(2) for n in (512, 1024)]  # fmt: skip
+    assert "2 of 2 ratios" in drawn("relative_step_time", frame_of(records)).get_supxlabel()
+
+
 # ghosts of the literature
 
 

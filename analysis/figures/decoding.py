@@ -110,6 +110,7 @@ def _by_tokens(
     grid[0, 0].set_ylabel(label)
     if num_rows == 2:
         notes += drawing.keep_in_sight(grid[1, 0], ratios, reference=1.0)
+        notes += drawing.count_unpaired(ratios)
         grid[1, 0].set_ylabel(ratio_label)
     drawing.legend(figure, grid.flat)
     drawing.note(figure, notes, rows)
@@ -139,7 +140,8 @@ def _batches(rows: pd.DataFrame) -> str:
 
 
 def _best_over_mqa(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Throughput at each family's own best batch over that of MQA at its own, paired by round."""
+    """Throughput at each family's own best batch over that of MQA at its own, paired by round
+    where both were measured in one block, on one node and device; with the verdict."""
     processes = derive.processes(frame)
     processes = load.words(processes[processes["metric"] == "tokens_per_s"])
     shared = ["seed", "round", "block", "node", "device_name"]
@@ -156,16 +158,20 @@ def _best_over_mqa(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             processes[(processes["cell_id"] == one["cell_id"]) & (processes["at"] == one["at"])]
             for one in (row, other)
         )
-        both = ours[ours["block"].notna()].merge(theirs, on=shared, suffixes=("", "_mqa"))
+        both = ours.dropna(subset=["block", "node", "device_name"]).merge(
+            theirs, on=shared, suffixes=("", "_mqa")
+        )
         if len(both):
             found = statistics.compare(both["value"], both["value_mqa"], better="higher")
         else:
-            found = statistics.unpaired(row["value"], other["value"], better="higher", reason="")
+            found = statistics.unpaired(
+                row["value"], other["value"], better="higher", reason="not of one block"
+            )
         low, high = found.interval or (np.nan, np.nan)
         is_green = row["parity"] == other["parity"] == checks.GREEN
         made.append(
             row
-            | {"value": found.speedup, "low": low, "high": high}
+            | {"value": found.speedup, "low": low, "high": high, "verdict": found.verdict}
             | {"parity": checks.GREEN if is_green else checks.MISSING}
         )
-    return pd.DataFrame(made, columns=rows.columns)
+    return pd.DataFrame(made, columns=[*rows.columns, "verdict"])

@@ -2,7 +2,8 @@
 
 Family is colour, backend is marker and line style (analysis/style.py). An interval is drawn from
 two processes on. A hollow marker, and a line under the plot, say UNVERIFIED. A line breaks where
-a length was asked for and has no value: nothing is drawn that was not measured.
+a length was asked for and has no value: nothing is drawn that was not measured. A ratio of times
+that were not measured side by side is a diamond on no line, and the note counts them.
 """
 
 import textwrap
@@ -16,7 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from analysis import checks, comparisons, derive, style, tables, vocabulary
+from analysis import checks, comparisons, derive, statistics, style, tables, vocabulary
 from suites.harness.record import METRICS
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
@@ -59,13 +60,14 @@ def over_mqa(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFra
 
 
 def as_multiples(rows: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """Of the baseline's time, by the speedups that comparisons found."""
+    """Of the baseline's time, by the speedups that comparisons found, with their verdicts."""
     found = found.drop_duplicates("cell_id_ours").set_index("cell_id_ours")
     rows = rows[rows["cell_id"].isin(found.index)].copy()
     found = found.loc[rows["cell_id"]]
     rows["value"] = 1 / found["speedup"].to_numpy(dtype=float)
     rows["low"] = 1 / found["speedup_high"].to_numpy(dtype=float)
     rows["high"] = 1 / found["speedup_low"].to_numpy(dtype=float)
+    rows["verdict"] = found["verdict"].to_numpy()
     is_green = (found["parity_baseline"] == checks.GREEN).to_numpy()
     rows["parity"] = rows["parity"].where(is_green, checks.MISSING)
     return rows
@@ -230,7 +232,16 @@ def draw(
     is_curve: bool = False,
     places: np.ndarray | None = None,
 ) -> None:
-    """One line with its intervals: bars, or a band along a curve. NaN at places without value."""
+    """One line with its intervals: bars, or a band along a curve. NaN at places without value, or
+    with a ratio that is unpaired: those are marked beside the line."""
+    apart = line[is_unpaired(line)]
+    if len(apart):
+        axes.plot(apart[x].astype(float), apart["value"].astype(float), **style.unpaired(look),
+                  label=f"{name}: {statistics.UNPAIRED}")  # fmt: skip
+        line = line[~is_unpaired(line)]
+        if line.empty:
+            return
+        places = np.union1d([] if places is None else places, apart[x].astype(float))
     line = line.set_index(line[x].astype(float)).sort_index()[["value", "low", "high"]]
     line = line.astype(float)
     if places is not None and not is_curve and line.index.is_unique:
@@ -376,6 +387,21 @@ def is_verified(rows: pd.DataFrame) -> bool:
     return bool((rows["parity"] == checks.GREEN).all())
 
 
+def is_unpaired(rows: pd.DataFrame) -> pd.Series:
+    """Which of these ratios were not measured side by side; no row that is no ratio."""
+    if "verdict" not in rows:
+        return pd.Series(False, index=rows.index)
+    return (rows["verdict"] == statistics.UNPAIRED).fillna(False).astype(bool)
+
+
+def count_unpaired(ratios: pd.DataFrame) -> list[str]:
+    """A note, where there are any."""
+    count = int(is_unpaired(ratios).sum())
+    if not count:
+        return []
+    return [f"{count} of {len(ratios)} ratios are unpaired: not measured side by side (diamonds)."]
+
+
 def title(axes: Axes, rows: pd.DataFrame, key: tuple, keys: list[str]) -> None:
     """The settings of a panel that differ between panels."""
     varied = [(name, value) for name, value in zip(keys, key, strict=True)
@@ -447,7 +473,7 @@ def legend(figure: Figure, grid: Iterable[Axes]) -> None:
 
 def note(figure: Figure, notes: Iterable[str], rows: pd.DataFrame | None = None) -> None:
     """Lines under the plots; an alarm where they begin with what is not verified of these rows."""
-    notes = list(dict.fromkeys(notes))
+    notes = list(dict.fromkeys([*(() if rows is None else count_unpaired(rows)), *notes]))
     is_bare = rows is not None and not is_verified(rows)
     if rows is not None and "is_current" in rows and (rows["is_current"] == False).any():  # noqa: E712
         notes.insert(0, "Some of it was measured with an older build (stale).")

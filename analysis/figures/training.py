@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import checks, comparisons, settings, style, vocabulary
+from analysis import checks, comparisons, settings, statistics, style, vocabulary
 from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
@@ -67,14 +67,17 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
     for number, variant in enumerate(variants):
         shift = 0.16 * (number - (len(variants) - 1) / 2)
         part = rows[(rows["linear_scan"] == variant) & rows["row"].isin(names)]
-        for backend, line in part.groupby("backend"):
+        apart = drawing.is_unpaired(part)
+        for (backend, is_apart), line in part.groupby(["backend", apart]):
             verified = drawing.is_verified(line)
             look = style.line("", backend, is_verified=verified, variant=variant)
-            look["linestyle"] = "none"
+            look = style.unpaired(look) if is_apart else look | {"linestyle": "none"}
             y = np.array([names.index(name) for name in line["row"]]) + shift
             value, low, high = (line[c].to_numpy(dtype=float) for c in ("value", "low", "high"))
             name = f"{drawing.text(variant)}, {drawing.text(style.backend_label(backend))}"
-            axes.plot(value, y, **look, label=name if verified else f"{name} {checks.UNVERIFIED}")
+            name += "" if verified else f" {checks.UNVERIFIED}"
+            name += f": {statistics.UNPAIRED}" if is_apart else ""
+            axes.plot(value, y, **look, label=name)
             drawing.draw_intervals(axes, y, value, low, high, look, is_across=True)
     literature.step_by_scan(axes, rows, names)
     axes.set_yticks(range(len(names)), names)
