@@ -143,6 +143,7 @@ def write_report(
             "store": str(store),
             "samples_csv": next(out.glob("samples.csv*")).name,
             "digest": digest(out / RECORDS),
+            "figures": digests(out, drawings),
         }
         for name, render in (("md", _markdown), ("tex", _tex), ("html", _html)):
             (out / f"report.{name}").write_text(render(context, frame), encoding="utf-8")
@@ -218,6 +219,15 @@ def _clear(out: Path) -> None:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(out: Path, drawings: Iterable[Drawing]) -> dict[str, dict[str, str]]:
+    """SHA-256 of each figure, by its name: as it stands in the page, and its files."""
+    return {
+        drawing.name: {"inline": hashlib.sha256(drawing.svg.encode()).hexdigest()}
+        | {end: digest(out / "figures" / f"{drawing.name}.{end}") for end in ("svg", "png")}
+        for drawing in drawings
+    }
 
 
 def draw(
@@ -297,7 +307,9 @@ def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
         "palette": page.PALETTE,
         "numeric_columns": page.numeric_columns,
         "rows": lambda table: page.rows(table, runs),
-        "run_list": lambda: {name: context[name] for name in ("store", "beside")} | runs.to_json(),
+        "run_list": lambda: (
+            {name: context[name] for name in ("store", "beside", "figures")} | runs.to_json()
+        ),
     }
     return environment.get_template("report.html.j2").render(context | extra) + "\n"
 

@@ -1,9 +1,11 @@
 """Does a written report say what its samples say? Every cell is computed again from records.parquet
 and held against what the files show: the page as HTML is parsed, Markdown and LaTeX as tables, CSV
-as CSV. The samples are held against the records of the store, where it is at hand."""
+as CSV. Figures are held against the SHA-256 that the page has of each, and the samples against the
+records of the store, where it is at hand. A file that is gone is a difference."""
 
 import csv
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -26,6 +28,7 @@ from analysis.tables import Table
 from suites.harness.record import METRICS
 
 JUDGED = ("is_counted", "is_current")  # by the builds of the day of the report, not by records
+GONE = "nothing: there is no such file"
 NEAR = 1e-9  # relative: of a mean of logarithms taken in another order
 
 
@@ -61,7 +64,7 @@ def verify(path: Path, store: Path | None = None) -> Verdict:
             raise ValueError(
                 f"there is no {file}; a report is verified with its samples beside it."
             )
-    shown = Shown(path.read_text(encoding="utf-8"))
+    shown = Shown(path.read_text(encoding="utf-8", errors="replace"))
     verdict = Verdict()
     verdict.hold(f"{path.name}, SHA-256 of {report.RECORDS}", shown.facts.get("digest"),
                  report.digest(folder / report.RECORDS))  # fmt: skip
@@ -76,14 +79,17 @@ def verify(path: Path, store: Path | None = None) -> Verdict:
             ("report.md", _markdown_tables, formats.markdown),
             ("report.tex", _latex_tables, latex.tex_cell),
         ):
-            if (folder / name).is_file():
-                found = parse((folder / name).read_text(encoding="utf-8"))
-                _verify_text(verdict, name, found, tables, escape)
-        for table in tables:
-            file = folder / "tables" / f"{table.name}.tex"
-            if file.is_file():
-                found = _latex_tables(file.read_text(encoding="utf-8"))
-                _verify_text(verdict, f"tables/{file.name}", found, [table], latex.tex_cell)
+            if (text := _text(verdict, folder, name)) is not None:
+                _verify_text(verdict, name, parse(text), tables, escape)
+        for table in (table for section in made for table in section.tables):
+            file = f"tables/{table.name}.tex"
+            if (text := _text(verdict, folder, file)) is None:
+                continue
+            if table.rows:
+                _verify_text(verdict, file, _latex_tables(text), [table], latex.tex_cell)
+            else:
+                verdict.hold(file, text.strip(), latex.tex_table(table).strip())
+        _verify_figures(verdict, shown, folder)
         raw = report.raw_tables(frame, beside, made)
         _verify_csv(verdict, folder, frame, raw)
         _verify_second_way(verdict, folder, frame, raw)
@@ -102,7 +108,8 @@ class ShownCell:
 
 
 class Shown(HTMLParser):
-    """What a reader of the page sees: its tables, its sentences, and the runs behind its cells."""
+    """What a reader of the page sees: its tables, its sentences, its figures, and the runs behind
+    its cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -115,6 +122,12 @@ class Shown(HTMLParser):
         self._texts: list[str] = []
         self._attributes: dict[str, str | None] = {}
         self._hidden: list[str] = []
+        self.figures = {  # digests of what is drawn in the page
+            name: hashlib.sha256(svg.encode()).hexdigest()
+            for name, svg in re.findall(
+                r'<figure id="figure-(\w+)">\s*<div [^>]*>(.*?)</div>', text, flags=re.S
+            )
+        }
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -202,6 +215,28 @@ def _latex_tables(text: str) -> dict[str, list[list[str]]]:
 # held against the samples
 
 
+def _text(verdict: Verdict, folder: Path, file: str) -> str | None:
+    """None where the file is gone, which is a difference."""
+    if (folder / file).is_file():
+        return (folder / file).read_text(encoding="utf-8", errors="replace")
+    verdict.hold(file, GONE, "a table" if "/" in file else "a report")
+    return None
+
+
+def _verify_figures(verdict: Verdict, shown: Shown, folder: Path) -> None:
+    """By the digests that the page took when they were drawn: nothing is drawn again."""
+    known = shown.runs.get("figures", {})
+    verdict.hold("report.html, its figures", sorted(shown.figures), sorted(known))
+    for name, wanted in known.items():
+        if name in shown.figures:
+            verdict.hold(f"report.html, figure {name}, SHA-256",
+                         shown.figures[name], wanted["inline"])  # fmt: skip
+        for end in ("svg", "png"):
+            file = folder / "figures" / f"{name}.{end}"
+            says = report.digest(file) if file.is_file() else GONE
+            verdict.hold(f"figures/{file.name}, SHA-256", says, wanted[end])
+
+
 def _verify_words(
     verdict: Verdict, shown: Shown, frame: pd.DataFrame, beside: list[report.Pair]
 ) -> None:
@@ -286,7 +321,7 @@ def _verify_csv(verdict: Verdict, folder: Path, frame: pd.DataFrame, tables: lis
         for path in sorted(path for path in again.rglob("*") if path.is_file()):
             file = str(path.relative_to(again))
             if not (folder / file).is_file():
-                verdict.hold(file, "nothing: there is no such file", "a table")
+                verdict.hold(file, GONE, "a table")
                 continue
             header: list[str] = []
             for row, (says, wanted) in enumerate(_beside(folder / file, path)):
@@ -398,8 +433,10 @@ def _verify_store(verdict: Verdict, frame: pd.DataFrame, store: Path) -> None:
 
 @cache
 def _kind(file: str) -> str:
-    """`cells of report.html`, `cells of tables/*.csv` and so on."""
+    """`cells of report.html`, `cells of tables/*.csv`, `files of figures/*.svg` and so on."""
     path = Path(file)
+    if path.parent.name == "figures":
+        return f"files of figures/*{path.suffix}"
     return f"cells of {f'tables/*{path.suffix}' if path.parent.name == 'tables' else path}"
 
 

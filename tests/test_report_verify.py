@@ -163,6 +163,58 @@ def test_a_changed_number_of_a_file_is_named(copied, file, pattern):
     assert "7.77" in lines[0]
 
 
+GONE = "says 'nothing: there is no such file'"
+FILES = ("report.md", "report.tex", "tables/headline_backend_jax_torch.tex",
+         "tables/failures.tex", "tables/parity.csv", "samples.csv",
+         "figures/relative_step_time.svg", "figures/relative_step_time.png")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_gone_is_a_difference(copied, file):
+    (copied[0].parent / file).unlink()
+    (line,) = found(copied)
+    assert line.startswith(file)
+    assert GONE in line
+
+
+def test_a_report_without_its_files_is_none(copied):
+    folder = copied[0].parent
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in ("report.html", "records.parquet"):
+            path.unlink()
+    lines = found(copied)
+    assert {line.split(":")[0].split(",")[0] for line in lines} >= set(FILES)
+    assert all(GONE in line for line in lines)
+
+
+def test_a_figure_that_was_changed_is_a_difference(copied):
+    folder = copied[0].parent / "figures"
+    change(folder / "relative_step_time.svg", "Hawk", "Hank")
+    (folder / "peak_memory.png").write_bytes(b"no figure")
+    svg, png = sorted(found(copied), reverse=True)
+    assert svg.startswith("figures/relative_step_time.svg, SHA-256")
+    assert png.startswith("figures/peak_memory.png, SHA-256")
+
+
+def test_a_figure_of_the_page_that_was_changed_is_a_difference(copied):
+    path, _ = copied
+    text = path.read_text()
+    start = text.index('<figure id="figure-relative_step_time">')
+    place = text.index(">Hawk", text.index("<svg", start))
+    path.write_text(text[:place] + ">Hank" + text[place + 5 :])
+    (line,) = found(copied)
+    assert line.startswith("report.html, figure relative_step_time, SHA-256")
+
+
+def test_a_figure_of_the_page_that_was_left_out_is_missed(copied):
+    text = copied[0].read_text()
+    pattern = r'<figure id="figure-peak_memory">.*?</figure>'
+    assert re.search(pattern, text, flags=re.S)
+    copied[0].write_text(re.sub(pattern, "", text, flags=re.S))
+    (line,) = found(copied)
+    assert line.startswith("report.html, its figures")
+
+
 def test_a_changed_sample_is_found_everywhere(copied):
     """In the page, in CSV, against the store, and by the digest in the page."""
     path, _ = copied
@@ -250,7 +302,11 @@ def test_the_command_fails_on_a_difference_and_names_it(copied, capsys):
     path, store = copied
     assert commands.verify(str(path.parent), store, None) == 0
     out = capsys.readouterr().out
-    assert re.search(r"report.html: verified: [\d,]+ cells of report.html, ", out)
+    (last,) = out.splitlines()[-1:]
+    assert re.search(r"report.html: verified: [\d,]+ cells of report.html, ", last)
+    for words in ("cells of report.md", "cells of report.tex", "cells of tables/*.csv",
+                  "files of figures/*.svg", "files of figures/*.png"):  # fmt: skip
+        assert re.search(rf"[\d,]+ {re.escape(words)}", last), words
     change(path, f'<span class="lead">{cell_of_the_page(path)}<', '<span class="lead">77.7<')
     assert commands.verify(str(path), store, None) == 1
     out = capsys.readouterr().out
