@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis import checks, derive, settings, statistics, style, vocabulary
+from analysis import checks, comparisons, derive, settings, statistics, style, vocabulary
 from analysis.tables import Table
 
 
@@ -75,8 +75,11 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
         group = bits["cell_id"].map(settings.shared(settings.asked(frame), "family"))
         same = bits[(group == group.iloc[0]) & (bits["family"] != first["family"])]
         same = same.drop_duplicates("family")
-        others = [f"{v:.3f} for {style.family_label(f)}" for f, v in
-                  zip(same["family"], same["value"], strict=True)]  # fmt: skip
+        others = [
+            f"{row['value']:.3f} for {style.family_label(row['family'])}"
+            f"{'' if _is_resolved(frame, first, row) else ' (not resolved)'}"
+            for row in same.to_dict("records")
+        ]
         against = f", against {' and '.join(others)}" if others else ""
         seeds = _count(int(first["num_seeds"]), "seed")
         leader = first["family"]
@@ -92,12 +95,12 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
         if leader not in (None, "mqa", family):
             continue
         for metric, what in (("step_time_ms", "a training step"), ("tpot_ms", "a decoded token")):
-            part = found[(found["metric"] == metric) & found["speedup"].notna()]
-            if len(part):
-                costs = 1 / part["speedup"].astype(float)
-                mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
-                name = style.family_label(family)
-                parts.append(f"{what} of {name} takes {_range(costs)} of MQA's time{mark}")
+            name = style.family_label(family)
+            for where, part in _by_device(found, found["metric"] == metric):
+                kept = part[part["verdict"] != statistics.UNPAIRED]
+                costs = f"takes {_range(1 / kept['speedup'].astype(float))} of" if len(kept) else \
+                    "has no verdict beside"  # fmt: skip
+                parts.append(f"{what} of {name} {costs} MQA's time{where} {_over(part)}")
     if not parts:
         return "No completed run compares the architectures."
     text = "; ".join(parts)
@@ -107,24 +110,22 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
 def _frameworks(found: pd.DataFrame) -> str:
     """How far the same model differs between JAX and PyTorch."""
     parts = []
-    ratios = found[found["speedup"].notna()]
     compared = [
-        ("training", ratios[ratios["metric"] == "step_time_ms"]),
-        ("decoding", ratios[ratios["metric"] == "tpot_ms"]),
+        ("training", found["metric"] == "step_time_ms"),
+        ("decoding", found["metric"] == "tpot_ms"),
     ]
-    scans = ratios[ratios["metric"] == "op_time_ms"]
-    for names, part in scans.groupby(["linear_scan_ours", "linear_scan_baseline"]):
+    is_scan = found["metric"] == "op_time_ms"
+    kernels = ["linear_scan_ours", "linear_scan_baseline"]
+    for names in found.loc[is_scan, kernels].dropna().drop_duplicates().sort_values(kernels).values:
         variants = " beside ".join(dict.fromkeys(names))
-        compared.append((f"the recurrence alone ({variants})", part))
-    for what, part in compared:
-        if len(part):
-            mark = "" if _verified(part) else f" [{checks.UNVERIFIED}]"
-            verdicts = part["verdict"].value_counts()
-            words = ", ".join(f"{count} {name}" for name, count in verdicts.items())
-            parts.append(
-                f"in {what} JAX is {_range(part['speedup'].astype(float))} as fast as PyTorch over "
-                f"{_count(len(part), 'matched cell')} ({words}){mark}"
-            )
+        is_it = is_scan & (found[kernels] == names).all(axis=1)
+        compared.append((f"the recurrence alone ({variants})", is_it))
+    for what, is_wanted in compared:
+        for where, part in _by_device(found, is_wanted):
+            kept = part[part["verdict"] != statistics.UNPAIRED]
+            ratio = f"is {_range(kept['speedup'].astype(float))} as fast as" if len(kept) else \
+                "has no verdict beside"  # fmt: skip
+            parts.append(f"in {what} JAX {ratio} PyTorch{where} {_over(part)}")
     quality = found[(found["metric"] == "bits_per_byte") & found["difference"].notna()]
     if len(quality):
         apart = quality["difference"].astype(float).abs().max()
@@ -134,6 +135,36 @@ def _frameworks(found: pd.DataFrame) -> str:
         return "No completed run compares the frameworks."
     text = "; ".join(parts)
     return f"The same model in both frameworks: {text}."
+
+
+def _is_resolved(frame: pd.DataFrame, ours: pd.Series, other: dict) -> bool:
+    """Whether seeds tell the bits per byte of two cells of two families apart."""
+    rows = comparisons.comparisons(
+        frame, "family", ours["family"], other["family"], metrics=("bits_per_byte",)
+    )
+    is_pair = (rows["cell_id_ours"] == ours["cell_id"]) & (
+        rows["cell_id_baseline"] == other["cell_id"]
+    )
+    return bool(rows.loc[is_pair, "verdict"].isin(["better", "worse"]).any())
+
+
+def _by_device(found: pd.DataFrame, is_wanted: pd.Series) -> list[tuple[str, pd.DataFrame]]:
+    """The ratios of each kind of device, which no range spans, with its name where there are
+    several."""
+    part = found[is_wanted & found["speedup"].notna()]
+    is_one = found["device_kind"].nunique() < 2
+    return [("" if is_one else f" on {kind}", rows) for kind, rows in part.groupby("device_kind")]
+
+
+def _over(part: pd.DataFrame) -> str:
+    """Of how many cells a range is, with their verdicts; unpaired ones are no part of it."""
+    is_paired = part["verdict"] != statistics.UNPAIRED
+    kept, num_unpaired = part[is_paired], int((~is_paired).sum())
+    words = [f"{n} {name}" for name, n in kept["verdict"].value_counts().items()]
+    if num_unpaired:
+        words.append(f"{num_unpaired} {statistics.UNPAIRED}, left out")
+    mark = "" if _verified(kept) else f" [{checks.UNVERIFIED}]"
+    return f"over {_count(len(kept), 'matched cell')} ({', '.join(words)}){mark}"
 
 
 def _verified(part: pd.DataFrame) -> bool:

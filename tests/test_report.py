@@ -297,3 +297,39 @@ def test_styling_leaves_matplotlib_as_it_was():
     with style.looks():
         assert matplotlib.rcParams["axes.grid"]
     assert dict(matplotlib.rcParams) == before
+
+
+def _answer(records) -> list[str]:
+    frame = frame_of(records)
+    return report.answer(frame, report.comparison_tables(frame, report.pairs(frame)))
+
+
+def test_the_answer_mixes_no_devices_and_leaves_unpaired_out():
+    gpu = {"device_kind": "h100"}
+    records = [training(family, "jax", n) for n in range(6) for family in ("mqa", "griffin")]
+    records += [training(family, "jax", n, block=f"block of {family}", host=family, **gpu)
+                for n in range(6) for family in ("mqa", "griffin")]  # fmt: skip
+    records += [training(family, "jax", n, 1024, **gpu)
+                for n in range(6) for family in ("mqa", "griffin")]  # fmt: skip
+    records += [training("mqa", "torch", n) for n in range(6)]
+    architectures, frameworks = _answer(records)
+    costs = re.findall(r"takes ([\d.x to]+) of MQA's time on (\w+) over 1 matched cell \((.*?)\)",
+                       architectures)  # fmt: skip
+    assert [cost[1:] for cost in costs] == [("cpu", "1 slower"), ("h100", "1 slower, 1 unpaired, "
+                                                                  "left out")]  # fmt: skip
+    assert all(" to " not in cost[0] for cost in costs)
+    assert "as fast as PyTorch on cpu over 1 matched cell (1 faster)" in frameworks
+
+
+def test_the_answer_says_where_no_seed_resolves_the_leader():
+    rng = np.random.default_rng(3)
+    values = {"mqa": 1.0, "griffin": 0.999, "hawk": 3.0}
+    records = [
+        record("language_modeling", family, samples=(
+            sample("bits_per_byte", value + rng.normal(0, 0.05)),), seed=seed, seq_len=128)
+        for family, value in values.items() for seed in range(3)
+    ]  # fmt: skip
+    text = _answer(records)[0]
+    assert "reaches the fewest held-out bits per byte" in text
+    assert text.count("(not resolved)") == 1
+    assert re.search(r"[\d.]+ for Hawk \(jax|[\d.]+ for Hawk \(JAX", text)
