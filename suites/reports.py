@@ -102,7 +102,8 @@ def of_runs(frame: Any, runs: Iterable[Run]) -> Any:
     texts = attempts[checks.PARITY_KEY].astype(object)
     keys = list(texts.where(texts.notna(), None).itertuples(index=False, name=None))
     verified = set(itertools.compress(keys, is_wanted))
-    speaks = (attempts["suite"] == "parity") & [key in verified for key in keys]
+    speaks = np.array([key in verified for key in keys], dtype=bool)
+    speaks &= (attempts["suite"] == "parity").to_numpy()
     kept = attempts.loc[is_wanted | speaks, "attempt"]
     return frame[frame["attempt"].isin(kept)].reset_index(drop=True)
 

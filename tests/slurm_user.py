@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from suites import commands, compose, gate, jobs, watching
-from suites.harness import launch, plan
+from suites.harness import launch, plan, rounds
 from suites.harness.cluster import Cluster
 from suites.harness.run import Run
 
@@ -24,6 +24,7 @@ def submit(store: Path, request: dict) -> int:
     )
     compose.read = lambda overrides: asked
     plan.expand = lambda runs: runs
+    rounds.asked = lambda settings: {}
     commands.data_configs = lambda settings: []
     gate.ahead = lambda *_: []
     if die := request.get("die"):

@@ -91,6 +91,7 @@ def test_a_record_says_where_it_ran_and_what_it_must_cost(stub):
               "data_digest", "init_digest", "load_average"}  # fmt: skip
     assert wanted <= set(record.provenance)
     assert set(record.costs) == {"num_params", "num_params_non_embedding", "train_flops_per_token",
+                                 "model_flops", "model_bytes",
                                  "cache_bytes", "predicted_peak_memory_bytes"}  # fmt: skip
     assert record.block
     assert record.order == 0
