@@ -189,6 +189,7 @@ def write_records(store: Path) -> None:
 # --- Runs that sleep.
 
 SUBMIT = """
+from pathlib import Path
 from suites import compose, jobs
 from suites.harness import plan, reconcile
 from suites.harness.cluster import Cluster

@@ -54,6 +54,7 @@ CHILDREN = {
 }
 CHILD = """
 import json, resource, sys, time
+from pathlib import Path
 start = time.perf_counter()
 store, out = map(Path, sys.argv[1:3])
 {code}
