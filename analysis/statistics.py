@@ -104,9 +104,12 @@ def bootstrap_interval(
     processes differ by five repeats alone the truth was held in 500 of 500 trials. So the effects
     of rounds are shrunk until the whole spread is that of the rounds: 94 to 98%.
 
-    Percentiles are those of Hesterberg's expanded interval ("What teachers should know about the
-    bootstrap", 2015, section 5.3): the plain ones are as narrow as a normal's with a spread that is
-    too small by sqrt((n - 1) / n), and held the truth in 92.6% of trials of 20 rounds.
+    The interval is symmetric: half of it is what 95% of the resampled means stay within. Rounds of
+    a shared machine have heavy tails, and the percentiles of each side are then those of the few
+    outliers that happened to fall there: of 20 recorded rounds they held the truth 87 to 94 times
+    in 100, a symmetric interval 97 to 99. Its level is Hesterberg's expanded one ("What teachers
+    should know about the bootstrap", 2015, section 5.3), as the spread of n values is too small by
+    sqrt((n - 1) / n).
     """
     n = len(ours)
     counts = tuple(tuple(len(repeats) for repeats in side) for side in (ours, baseline))
@@ -124,10 +127,10 @@ def bootstrap_interval(
     between = math.sqrt(max(0.0, 1 - share / total)) if total > 0 else 0.0
     within *= math.sqrt(min(1.0, total / share)) if share > 0 else 0.0
     centre = effect.mean()
-    means = centre + (between * (effect - centre)[rounds] + within).mean(axis=1)
+    means = (between * (effect - centre)[rounds] + within).mean(axis=1)
     tail = ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + LEVEL) / 2))
-    found = np.quantile(means, (tail, 1 - tail))
-    return float(found[0]), float(found[1])
+    half = np.quantile(np.abs(means), 1 - 2 * tail)
+    return float(centre - half), float(centre + half)
 
 
 def median_interval(values: Sequence[float]) -> Interval | None:
