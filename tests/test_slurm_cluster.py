@@ -148,13 +148,18 @@ def test_a_job_starts_again_when_its_node_fails(slurm):
 
 @pytest.mark.slow
 def test_jobs_outlive_slurmctld(slurm):
-    running, waiting = slurm.submit("sleep 8"), slurm.submit("true", "--begin=now+8")
+    """The first ends when it is told to: one that ends before the kill may be forgotten to have
+    ended, as slurmctld saves what it knows every 5 s, and then runs for ever."""
+    go = slurm.jobs_folder / "go"
+    running = slurm.submit(f"until [ -e {go} ]; do sleep 0.2; done")
+    waiting = slurm.submit("true", f"--dependency=afterok:{running}")
     slurm.wait_for_state(running, "RUNNING")
     slurm.wait_for_saved_state()
     slurm.kill_daemon("slurmctld")
     with pytest.raises(RuntimeError, match="Unable to contact slurm controller"):
         slurm.run("squeue")
     slurm.start_daemon("slurmctld")
+    go.touch()
     for job in (running, waiting):
         slurm.wait_for_state(job, "COMPLETED", seconds=40)
 
