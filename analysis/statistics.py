@@ -187,15 +187,41 @@ def compare(
     n = len(ours)
     if n == 0:
         return Comparison(None, None, 0, UNPAIRED, "no round was measured on the same node")
+    if n < BOOTSTRAP_ROUNDS:
+        (found,) = compare_few(ours[None], baseline[None], [margin], better=better)
+        return found
     if not ((ours > 0) & (baseline > 0)).all():
         return Comparison(None, None, n, "inconclusive", "a ratio needs positive values")
-    log_ratio = np.log(baseline) - np.log(ours)
-    if n < BOOTSTRAP_ROUNDS:
-        bounds = student_interval(log_ratio)
-    else:
-        ours_repeats, baseline_repeats = repeats or (ours[:, None], baseline[:, None])
-        bounds = bootstrap_interval(baseline_repeats, ours_repeats)
-    mean = log_ratio.mean()
+    ours_repeats, baseline_repeats = repeats or (ours[:, None], baseline[:, None])
+    bounds = bootstrap_interval(baseline_repeats, ours_repeats)
+    return _compared((np.log(baseline) - np.log(ours)).mean(), bounds, n, margin, better)
+
+
+def compare_few(
+    ours: np.ndarray, baseline: np.ndarray, margins: Sequence[float], *, better: str = "lower"
+) -> list[Comparison]:
+    """compare() of many pairs at once that have as many rounds, 1 to 19: a row a pair."""
+    n = ours.shape[1]
+    is_ratio = ((ours > 0) & (baseline > 0)).all(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_ratio = np.log(baseline) - np.log(ours)
+        mean, ends = log_ratio.mean(axis=1), [None] * len(ours)
+        if n > 1:
+            half = student_half_width(n, log_ratio.std(axis=1, ddof=1))
+            ends = list(zip((mean - half).tolist(), (mean + half).tolist(), strict=True))
+    none = Comparison(None, None, n, "inconclusive", "a ratio needs positive values")
+    return [
+        _compared(value, bounds, n, margin, better) if is_one else none
+        for value, bounds, margin, is_one in zip(
+            mean.tolist(), ends, margins, is_ratio, strict=True
+        )
+    ]
+
+
+def _compared(
+    mean: float, bounds: Interval | None, n: int, margin: float, better: str
+) -> Comparison:
+    """Of the mean of log(baseline / ours), and its interval."""
     if better == "higher":
         mean, bounds = -mean, bounds and (-bounds[1], -bounds[0])
     interval = bounds and (math.exp(bounds[0]), math.exp(bounds[1]))
@@ -297,21 +323,31 @@ def difference(
     minimum detectable effect says how small one could have been found.
     """
     apart = np.asarray(ours, dtype=float) - np.asarray(baseline, dtype=float)
-    n = len(apart)
+    return differences(apart[None], better=better)[0]
+
+
+def differences(apart: np.ndarray, *, better: str = "lower") -> list[Difference]:
+    """difference() of many pairs at once that have as many seeds: a row a pair, ours - baseline."""
+    n = apart.shape[1]
     if n == 0:
-        return Difference(None, None, 0, None, None, "not resolved", "no seed in common")
-    value = float(apart.mean())
+        none = Difference(None, None, 0, None, None, "not resolved", "no seed in common")
+        return [none] * len(apart)
+    values = apart.mean(axis=1)
+    reason = f"{n} of {MIN_SEEDS} seeds" if n < MIN_SEEDS else None
     if n == 1:
-        reason = f"1 of {MIN_SEEDS} seeds"
-        return Difference(value, None, 1, None, None, "not resolved", reason)
-    error = float(apart.std(ddof=1)) / math.sqrt(n)
-    p, half, least = (float(found) for found in student_test(value, error, n - 1))
-    verdict, reason = "not resolved", None
-    if n < MIN_SEEDS:
-        reason = f"{n} of {MIN_SEEDS} seeds"
-    elif p < 1 - LEVEL:
-        verdict = "better" if (value < 0) == (better == "lower") else "worse"
-    return Difference(value, (value - half, value + half), n, p, least, verdict, reason)
+        return [Difference(value, None, 1, None, None, "not resolved", reason)
+                for value in values.tolist()]  # fmt: skip
+    error = apart.std(axis=1, ddof=1) / math.sqrt(n)
+    made = []
+    for value, p, half, least in zip(
+        *(found.tolist() for found in (values, *student_test(values, error, n - 1))), strict=True
+    ):
+        verdict = "not resolved"
+        if n >= MIN_SEEDS and p < 1 - LEVEL:
+            verdict = "better" if (value < 0) == (better == "lower") else "worse"
+        ends = (value - half, value + half)
+        made.append(Difference(value, ends, n, p, least, verdict, reason))
+    return made
 
 
 def student_test(estimate: Any, error: Any, freedom: Any) -> tuple[Any, Any, Any]:

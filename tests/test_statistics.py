@@ -256,6 +256,29 @@ def test_baseline_of_zero_gives_no_ratio():
     assert found.verdict == "inconclusive"
 
 
+@pytest.mark.parametrize("better", ["lower", "higher"])
+@pytest.mark.parametrize("n", [1, 5, 6, 19])
+def test_many_pairs_at_once_are_compared_as_each_alone(n, better):
+    ours, baseline = np.random.default_rng(n).lognormal(sigma=0.02, size=(2, 5, n))
+    ours *= np.array([1.0, 1.2, 0.8, 1.01, 1.0])[:, None]
+    baseline[4, 0] = 0.0  # no ratio
+    margins = [0.005, 0.005, 0.005, 0.02, 0.02]
+    found = statistics.compare_few(ours, baseline, margins, better=better)
+    for row, one in enumerate(found):
+        want = statistics.compare(ours[row], baseline[row], margin=margins[row], better=better)
+        assert (one.verdict, one.reason, one.margin) == (want.verdict, want.reason, want.margin)
+        if row < 4:
+            log_ratio = np.log(baseline[row] / ours[row]) * (1 if better == "lower" else -1)
+            assert np.log(one.speedup) == pytest.approx(log_ratio.mean())
+            if n > 1:
+                by_student = statistics.student_interval(log_ratio)
+                assert np.log(one.interval) == pytest.approx(by_student)
+    together = statistics.differences(ours - baseline, better=better)
+    assert together == [
+        statistics.difference(*pair, better=better) for pair in zip(ours, baseline, strict=True)
+    ]
+
+
 def test_unequal_rounds_are_refused():
     with pytest.raises(ValueError, match="as many rounds"):
         statistics.compare([1.0, 2.0], [1.0])
