@@ -111,7 +111,8 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
     """A number for each cell: equal where two cells differ in this setting at most, and in what
     changes along with it."""
     free = {by, *RESOLVED, *ALONG.get(by, ())}
-    kept = table[[name for name in table if name not in free and table[name].nunique(False) > 1]]
+    numbers = _numbered(table)
+    kept = numbers[[name for name in numbers if name not in free]]
     is_step = np.array([is_shrinking(by, suite) for suite in table["suite"]], dtype=bool)
     if is_step.any():
         tokens = table["batch_size"].astype(float) * table["seq_len"].astype(float)
@@ -119,6 +120,14 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
     if kept.columns.empty:
         return pd.Series(0, index=table.index)
     return kept.groupby(list(kept), dropna=False, sort=False).ngroup()
+
+
+@remembered
+def _numbered(table: pd.DataFrame) -> pd.DataFrame:
+    """A number for each value, of settings that vary: many are grouped by most of them."""
+    numbers = {name: pd.factorize(table[name])[0] for name in table}
+    varying = {name: found for name, found in numbers.items() if len(np.unique(found)) > 1}
+    return pd.DataFrame(varying, index=table.index)
 
 
 def is_shrinking(by: str, suite: str) -> bool:
@@ -185,11 +194,11 @@ def variants(table: pd.DataFrame, but: str) -> pd.Series:
     """What sets a cell apart from others of its suite, family and size, beside what tables show
     and the setting `but` that is compared: "lambda_init=code"."""
     hidden = {*SHOWN, *RESOLVED, but, *ALONG.get(but, ())} - {*ALONG["backend"]}
-    names = [name for name in table if name not in hidden and table[name].nunique(False) > 1]
+    numbers = _numbered(table)
+    groups = table.groupby(["suite", "family", "size"], dropna=False, sort=False).ngroup()
     made = pd.Series("", index=table.index)
-    for name in names:
-        groups = table.groupby(["suite", "family", "size"], dropna=False, sort=False)[name]
-        is_told = groups.transform(lambda column: column.nunique(dropna=False) > 1).astype(bool)
+    for name in numbers.columns.difference(hidden, sort=False):
+        is_told = numbers[name].groupby(groups).transform("nunique") > 1
         words = f"{name.rpartition('.')[2]}=" + table[name].fillna("null").astype(str)
         made = made.mask(is_told, made.where(made == "", made + ", ") + words)
     return made
