@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,11 +21,12 @@ _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op",
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
          "num_outliers", "flags", "linear_scan")  # fmt: skip
+_TOLD = ("speedup", "speedup_low", "speedup_high", "margin", "difference", "difference_low",
+         "difference_high", "p", "detectable", "num_paired_rounds", "num_paired_seeds", "verdict",
+         "reason")  # fmt: skip
 _PAIR_COLUMNS = ["by", "ours", "baseline", *_SETTINGS, "metric", "at", "unit",
                  *(f"{name}_{side}" for name in _SIDE for side in ("ours", "baseline")),
-                 "speedup", "speedup_low", "speedup_high", "margin", "difference",
-                 "difference_low", "difference_high", "p", "detectable", "num_paired_rounds",
-                 "num_paired_seeds", "verdict", "reason"]  # fmt: skip
+                 *_TOLD]  # fmt: skip
 _PAIR_NUMBERS = ["speedup", "speedup_low", "speedup_high", "margin", "difference",
                  "difference_low", "difference_high", "p", "detectable", "at",
                  *(f"{name}_{side}" for name in ("value", "low", "high", "num_rounds", "num_seeds")
@@ -59,11 +60,11 @@ def pairs(
     """Cells of `ours` beside cells of `baseline` that differ in nothing else. A cell without a
     partner stands alone: of a backend or a family any, else one of a suite and family in which
     both sides were asked for."""
-    groups, asked = _grouped(frame, by)
+    groups, sides, asked = _grouped(frame, by)
     made: list[tuple[dict | None, dict | None]] = []
     for group in groups:
-        lefts = [cell for cell in group if cell["side"] == ours]
-        rights = [cell for cell in group if cell["side"] == baseline]
+        lefts = [cell for cell in group if sides[cell["cell_id"]] == ours]
+        rights = [cell for cell in group if sides[cell["cell_id"]] == baseline]
         taken = set()
         for left in lefts:
             partners = _of_its_kernels(left, rights) if by == "backend" else rights
@@ -81,26 +82,33 @@ def pairs(
 
 
 @remembered
-def _grouped(frame: pd.DataFrame, by: str) -> tuple[list[list[dict]], dict[tuple, set[str]]]:
-    """Cells that share all but one setting, each with its value of that and with what else tells
-    it apart; and the values that were asked for in each suite and family."""
+def _grouped(
+    frame: pd.DataFrame, by: str
+) -> tuple[list[list[dict]], dict[str, str | None], dict[tuple, set[str | None]]]:
+    """Cells that share all but one setting; each one's value of that; and the values that were
+    asked for in each suite and family."""
     table = settings.asked(frame)
     groups = settings.shared(table, by).to_dict()
     sides = table[by].to_dict()
-    variants = settings.variants(table, by).to_dict()
     grouped: dict[int, list[dict]] = {}
-    asked: dict[tuple, set[str]] = {}
+    asked: dict[tuple, set[str | None]] = {}
     for cell in _cells(frame):
         if (name := cell["cell_id"]) in groups:
-            cell = cell | {"side": sides[name], "variant": variants[name]}
             grouped.setdefault(groups[name], []).append(cell)
             asked.setdefault((cell["suite"], cell["family"]), set()).add(sides[name])
-    return list(grouped.values()), asked
+    return list(grouped.values()), sides, asked
+
+
+@remembered
+def _variants(frame: pd.DataFrame, by: str) -> dict[str, str]:
+    return settings.variants(settings.asked(frame), by).to_dict()
 
 
 @remembered
 def _cells(frame: pd.DataFrame) -> list[dict]:
-    return outcomes(frame).to_dict("records")
+    cells = outcomes(frame)
+    names = {*_SETTINGS, *_SIDE, *KERNELS, "kernels"}
+    return cells[[name for name in cells if name in names]].to_dict("records")
 
 
 @remembered
@@ -108,10 +116,11 @@ def _facts_of(frame: pd.DataFrame, wanted: tuple[str, ...]) -> dict[str, dict[tu
     """Cell to (metric, at) to its row of the summary."""
     cells = summary(frame)
     cells = cells[is_wanted(cells, wanted)]
-    odd = noise.flags(frame)
+    odd = noise.flags(frame).to_dict()
     places = zip(cells["cell_id"], cells["metric"], cells["at"].fillna(-1), strict=True)
     cells = cells.assign(flags=[odd.get(place, "") for place in places])
     made: dict[str, dict[tuple, dict]] = {}
+    cells = cells[["metric", "at", "device_kind", *(name for name in _SIDE if name in cells)]]
     for row in cells.to_dict("records"):
         made.setdefault(row["cell_id"], {})[row["metric"], plain(row["at"])] = row
     return made
@@ -124,7 +133,7 @@ def _comparisons(
     found = pairs(frame, by, ours, baseline)
     evidence = _evidence(frame, [(_id(left), _id(right)) for left, right in found], wanted)
     facts = _facts_of(frame, wanted)
-    columns: dict[str, list] = {name: [] for name in _PAIR_COLUMNS}
+    made: list[_Row] = []
     for left, right in found:
         ours_facts, baseline_facts = (facts.get(_id(side), {}) for side in (left, right))
         points = [*ours_facts, *baseline_facts]
@@ -134,36 +143,58 @@ def _comparisons(
         for metric, at in dict.fromkeys(points):
             a, b = ours_facts.get((metric, at)), baseline_facts.get((metric, at))
             rounds = evidence.get((_id(left), _id(right), metric, at))
-            row = {"by": by, "ours": ours, "baseline": baseline}
-            compare = _differ if metric in QUALITIES else _compare
-            compared = compare(rounds, a, b, METRICS[metric].better)
-            row |= _pair_row(left, right, a, b, metric, at, compared)
-            if by == "backend" and left and right and left["variant"] != right["variant"]:
-                row["variant"] = f"{left['variant']} beside {right['variant']}"
-            for name, values in columns.items():  # many: pandas would look for keys in each row
-                values.append(row.get(name))
-    rows = pd.DataFrame(columns)
+            made.append(_Row(left, right, a, b, metric, at, rounds))
+    variants = _variants(frame, by)
+    columns = _columns(made) | {"by": by, "ours": ours, "baseline": baseline}
+    columns["variant"] = [_variant(variants, row, by) for row in made]
+    rows = pd.DataFrame(columns, columns=_PAIR_COLUMNS, index=range(len(made)))
     return rows.astype({name: "float64" for name in _PAIR_NUMBERS})
 
 
-def _pair_row(
-    left: dict | None,
-    right: dict | None,
-    a: dict | None,
-    b: dict | None,
-    metric: str,
-    at: float | None,
-    found: statistics.Comparison | statistics.Difference,
-) -> dict[str, Any]:
-    row = {name: (left or right)[name] for name in _SETTINGS}
-    row |= {"metric": metric, "at": at, "unit": METRICS[metric].unit}
-    for side, cell, fact in (("ours", left, a), ("baseline", right, b)):
+class _Row(NamedTuple):
+    """Two cells, what one metric of each is, and the rounds that both have."""
+
+    left: dict | None
+    right: dict | None
+    ours: dict | None
+    baseline: dict | None
+    metric: str
+    at: float | None
+    rounds: dict[str, np.ndarray] | None
+
+
+def _variant(variants: dict[str, str], row: _Row, by: str) -> str:
+    """Backends may be paired although they differ in more: then both are named."""
+    words = [variants[side["cell_id"]] for side in (row.left, row.right) if side]
+    return " beside ".join(dict.fromkeys(words)) if by == "backend" else words[0]
+
+
+def _columns(rows: list[_Row]) -> dict[str, Any]:
+    """A list a column: a dict for each of 100,000 rows of 70 columns takes many times as long."""
+    columns: dict[str, Any] = {
+        "metric": [row.metric for row in rows],
+        "at": [row.at for row in rows],
+        "unit": [METRICS[row.metric].unit for row in rows],
+    }
+    ones = [row.left or row.right for row in rows]
+    columns |= {name: [one[name] for one in ones] for name in _SETTINGS}
+    for side, parts in (
+        ("ours", [(row.left or {}, row.ours or {}) for row in rows]),
+        ("baseline", [(row.right or {}, row.baseline or {}) for row in rows]),
+    ):
         for name in _SIDE:
-            source = fact if fact is not None and name in fact else (cell or {})
-            row[f"{name}_{side}"] = source.get(name)
+            columns[f"{name}_{side}"] = [
+                fact[name] if name in fact else cell.get(name) for cell, fact in parts
+            ]
+    found = zip(_judged(rows), rows, strict=True)
+    told = [_told(one, row.metric) for one, row in found]
+    return columns | {name: [one.get(name) for one in told] for name in _TOLD}
+
+
+def _told(found: statistics.Comparison | statistics.Difference, metric: str) -> dict[str, Any]:
     low, high = found.interval or (None, None)
     if isinstance(found, statistics.Difference):
-        return row | {
+        return {
             "difference": found.value,
             "difference_low": low,
             "difference_high": high,
@@ -174,7 +205,7 @@ def _pair_row(
             "verdict": found.verdict if found.value is not None else None,
             "reason": found.reason,
         }
-    return row | {
+    return {
         "speedup": found.speedup,
         "speedup_low": low,
         "speedup_high": high,
@@ -270,9 +301,10 @@ def _margins(frame: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
 def _repeats(frame: pd.DataFrame, both: pd.DataFrame, places: np.ndarray) -> dict[str, np.ndarray]:
     """The values that each process of these rows was summed up from, for both sides."""
     wanted = both.iloc[places]
-    rows = frame[frame["is_counted"].fillna(False).astype(bool) & frame["value"].notna()]
-    rows = rows[rows["run_id"].isin({*wanted["run_id"], *wanted["run_id_2"]})]
-    rows = rows[["run_id", "metric", "at", "value"]].astype({"run_id": object, "metric": object})
+    is_kept = frame["is_counted"].fillna(False).astype(bool) & frame["value"].notna()
+    is_kept &= frame["run_id"].isin({*wanted["run_id"], *wanted["run_id_2"]})
+    rows = frame.loc[is_kept, ["run_id", "metric", "at", "value"]]
+    rows = rows.astype({"run_id": object, "metric": object})
     rows = rows.assign(at=rows["at"].astype("float64").fillna(-1)).reset_index(drop=True)
     groups = rows.groupby(["run_id", "metric", "at"], sort=False).indices
     values, found = rows["value"].to_numpy(dtype=float), {}
@@ -285,9 +317,42 @@ def _repeats(frame: pd.DataFrame, both: pd.DataFrame, places: np.ndarray) -> dic
     return found
 
 
-def _compare(
-    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str | None
-) -> statistics.Comparison:
+def _judged(rows: list[_Row]) -> list[statistics.Comparison | statistics.Difference]:
+    """Those of equally many rounds or seeds at once: one by one takes NumPy ten times as long."""
+    found: list[Any] = [
+        _differ(row) if row.metric in QUALITIES else _compare(row, METRICS[row.metric].better)
+        for row in rows
+    ]
+    few: dict[tuple, list[int]] = {}
+    for place, (row, one) in enumerate(zip(rows, found, strict=True)):
+        if isinstance(one, _Few):
+            few.setdefault((row.metric, len(one.ours)), []).append(place)
+    for (metric, _), places in few.items():
+        ours, baseline = (
+            np.array([getattr(found[place], side) for place in places])
+            for side in ("ours", "baseline")
+        )
+        better = METRICS[metric].better
+        if metric in QUALITIES:
+            made = statistics.differences(ours - baseline, better=better)
+        else:
+            margins = [found[place].margin for place in places]
+            made = statistics.compare_few(ours, baseline, margins, better=better)
+        for place, one in zip(places, made, strict=True):
+            found[place] = one
+    return found
+
+
+class _Few(NamedTuple):
+    """Values of two sides, one a round or a seed, still to be compared."""
+
+    ours: np.ndarray
+    baseline: np.ndarray
+    margin: float = 0.0
+
+
+def _compare(row: _Row, better: str | None) -> statistics.Comparison | _Few:
+    a, b, rounds = row.ours, row.baseline, row.rounds
     if a is None or b is None:
         return statistics.Comparison(None, None, 0, "inconclusive", "one side has no value")
     if better is None:
@@ -300,30 +365,26 @@ def _compare(
         reason = "measured on different nodes or devices" if is_block else "not of one block"
         return statistics.unpaired(a["value"], b["value"], better=better, reason=reason)
     kept = rounds["together"]
+    ours, baseline = rounds["ours"][kept], rounds["baseline"][kept]
+    margin = float(rounds["margin"][kept].max())
+    if len(ours) < statistics.BOOTSTRAP_ROUNDS:
+        return _Few(ours, baseline, margin)
     repeats = (rounds["repeats"][kept], rounds["repeats_2"][kept]) if "repeats" in rounds else None
-    return statistics.compare(
-        rounds["ours"][kept],
-        rounds["baseline"][kept],
-        better=better,
-        margin=float(rounds["margin"][kept].max()),
-        repeats=repeats,
-    )
+    return statistics.compare(ours, baseline, better=better, margin=margin, repeats=repeats)
 
 
-def _differ(
-    rounds: dict[str, np.ndarray] | None, a: dict | None, b: dict | None, better: str
-) -> statistics.Difference:
+def _differ(row: _Row) -> statistics.Difference | _Few:
     """Of a quality, over seeds; on which node each was trained does not matter to it."""
+    a, b, rounds = row.ours, row.baseline, row.rounds
     if a is None or b is None:
         return statistics.difference((), ())
     if rounds is None:
         return replace(statistics.difference((), ()), value=a["value"] - b["value"])
     _, places = np.unique(rounds["seed"], return_inverse=True)
-    means = [
+    return _Few(*(
         np.bincount(places, weights=rounds[side]) / np.bincount(places)
         for side in ("ours", "baseline")
-    ]
-    return statistics.difference(*means, better=better)
+    ))  # fmt: skip
 
 
 def _of_its_kernels(cell: dict, others: list[dict]) -> list[dict]:
