@@ -12,6 +12,13 @@ from analysis.load import SAMPLE_COLUMNS, words
 from analysis.remember import remembered
 from analysis.vocabulary import CURVES, HEADLINES
 
+# Of an attempt and its machine: runs() says it once, and not for each of millions of medians.
+_OF_RUNS = ("attempt", "outcome", "reason", "phase", "is_counted", "started_at", "seconds",
+            "levels", "settings", "architecture", "build_device", "job", "cpu_model", "num_cores",
+            "num_threads", "memory_bytes", "platform", "python", "versions", "git_commit",
+            "data_digest", "init_digest", "num_segments", "load_average", "cache_bytes_predicted",
+            "predicted_peak_memory_bytes", "model_flops", "model_bytes")  # fmt: skip
+
 
 @remembered
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -24,7 +31,7 @@ def runs(frame: pd.DataFrame) -> pd.DataFrame:
 def processes(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each (run, metric, at): the median over repeats, with how many were odd."""
     first, facts = _medians(frame)
-    kept = frame.columns.drop(["value", "repeat"])
+    kept = frame.columns.drop(["value", "repeat", *_OF_RUNS], errors="ignore")
     made = {name: frame[name].array.take(first) for name in kept}
     rows = pd.DataFrame(made | facts, copy=False)  # millions: assign would copy them
     rows["at"] = rows["at"].astype("float64")
@@ -65,11 +72,16 @@ class _Groups:
         self.number = grouped.ngroup().to_numpy()
         self.size = np.bincount(self.number)
         self.start = np.cumsum(self.size) - self.size  # of each, where rows are in order
-        self.first = np.flatnonzero(~pd.Series(self.number).duplicated())
+        self._order = np.argsort(self.number, kind="stable")
+        self.first = self._order[self.start]
 
     def in_order(self, values: np.ndarray) -> np.ndarray:
         """Each group's from `start` on, the least first."""
-        return values[np.lexsort((values, self.number))]
+        values = values[self._order]
+        for size in np.unique(self.size[self.size > 1]):
+            places = self.start[self.size == size][:, None] + np.arange(size)
+            values[places] = np.sort(values[places], axis=1)
+        return values
 
     def median(self, values: np.ndarray) -> np.ndarray:
         return self.middle(self.in_order(values))
@@ -119,8 +131,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     mean, deviation = scaled.mean().to_numpy(), scaled.std(ddof=1).to_numpy()
     half = statistics.student_half_width(np.maximum(n, 2), deviation)
     is_many = n >= statistics.MEDIAN_PROCESSES
-    skipped = statistics.num_skipped(np.maximum(n, statistics.MEDIAN_PROCESSES))
-    skipped = np.where(is_many, skipped, 0)
+    counts, place = np.unique(n, return_inverse=True)  # a slow function of few numbers
+    counts = np.maximum(counts, statistics.MEDIAN_PROCESSES)
+    skipped = np.where(is_many, statistics.num_skipped(counts)[place], 0)
     for name, end, place, outer in (
         ("low", mean - half, numbers.start + skipped, np.minimum),
         ("high", mean + half, numbers.start + n - 1 - skipped, np.maximum),
