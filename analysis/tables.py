@@ -334,8 +334,10 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
     beside its level in `baseline`, and what two do together."""
     made = []
     for suite, metrics in vocabulary.HEADLINES.items():
+        if metrics[0] not in vocabulary.QUALITIES:
+            continue
         varying = factorial.factors(frame, suite)
-        if metrics[0] not in vocabulary.QUALITIES or len(varying) < 2:
+        if len(varying) < 2:
             continue
         unit = METRICS[metrics[0]].unit
         first = {n: level for n, level in (baseline or {}).items() if level in varying.get(n, ())}
@@ -531,6 +533,7 @@ def _pairs(
     return found.assign(ratio=found["difference"].where(is_quality, found["speedup"]))
 
 
+@remembered
 def run_ids(frame: pd.DataFrame) -> pd.Series:
     """The counted runs of each cell_id, by seed and round: their ids, a space between."""
     rows = derive.runs(frame).sort_values(["seed", "round"], kind="stable")
