@@ -243,25 +243,27 @@ def rows_of(frame: pd.DataFrame, suite: str, metric: str) -> pd.DataFrame:
     optimizer, without its length), `num_tokens` of a step or of the training, `lack_of_size`."""
     rows = derive.processes(frame)
     rows = rows[(rows["suite"] == suite) & (rows["metric"] == metric)]
-    models = [shape_of(text) for text in rows["model"]]
+    told = ["family", "size", "model", "kernels", "optimizer"]  # which few differ in
+    number = rows.groupby(told, dropna=False, sort=False, observed=True).ngroup()
+    first = rows.loc[~number.duplicated(), told]
+    models = [shape_of(text) for text in first["model"]]
     is_kept = [
         model["pattern"] == PATTERNS.get(family)
-        for model, family in zip(models, rows["family"], strict=True)
+        for model, family in zip(models, first["family"], strict=True)
     ]
-    num_steps = rows["num_steps"].astype("float64").fillna(1)
     made = {
         "shared_model": [model["shared_model"] for model in models],
         "d_rnn": [model.get("d_rnn") for model in models],
         "lambda_init": [model.get("lambda_init") for model in models],
-        "lack_of_size": list(map(lack_of_size, rows["size"], models)),
-        "other_kernels": [_without_scan(text) for text in rows["kernels"]],
-        "recipe": [_recipe(text) for text in rows["optimizer"]],
-        "num_tokens": num_steps * rows["batch_size"].astype(float) * rows["seq_len"].astype(float),
+        "lack_of_size": list(map(lack_of_size, first["size"], models)),
+        "other_kernels": [_without_scan(text) for text in first["kernels"]],
+        "recipe": [_recipe(text) for text in first["optimizer"]],
     }
-    made = {
-        name: pd.Series(list(values), rows.index, dtype=object) for name, values in made.items()
-    }
-    return rows.assign(**made)[pd.Series(is_kept, rows.index, dtype=bool)]
+    made = {name: pd.Series(values, dtype=object)[number].array for name, values in made.items()}
+    num_steps = rows["num_steps"].astype("float64").fillna(1)
+    tokens = num_steps * rows["batch_size"].astype(float) * rows["seq_len"].astype(float)
+    made["num_tokens"] = tokens.astype(object)
+    return rows.assign(**made)[np.array(is_kept, dtype=bool)[number]]
 
 
 @cache
