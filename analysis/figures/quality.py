@@ -22,11 +22,12 @@ def learning_curves(frame: pd.DataFrame) -> Figure | None:
     if rows.empty:
         return None
     rows = rows.sort_values("at")
-    curves = rows.groupby(["cell_id"], sort=False)
-    for column in ("value", "low", "high"):
-        rows[column] = curves[column].transform(
-            lambda values: values.rolling(max(1, len(values) // SMOOTHED), min_periods=1).median()
-        )
+    numbers = ["value", "low", "high"]
+    windows = rows.groupby("cell_id", sort=False)["value"].transform("size") // SMOOTHED
+    for window, part in rows[windows > 1].groupby(windows):
+        curves = part.groupby("cell_id", sort=False)[numbers]
+        smooth = curves.rolling(int(window), min_periods=1).median()
+        rows.loc[part.index, numbers] = smooth.droplevel(0)
     label = METRICS["train_loss"].label
     return drawing.lines(rows, "at", "Optimizer step", label, is_log=False, is_curve=True)
 
