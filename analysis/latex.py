@@ -6,6 +6,7 @@ from math import ceil
 from typing import Any
 
 from analysis.formats import visible
+from analysis.remember import remembered
 from analysis.tables import Table
 
 _SPECIAL = {
@@ -59,6 +60,7 @@ def tex_code(text: str) -> Tex:
     return Tex(r"{\ttfamily\raggedright\hangindent=2em " + tex(text) + r"\par}")
 
 
+@remembered
 def tex_table(table: Table) -> Tex:
     """A booktabs table, `longtable` where it is long, in the largest type that fits the width of a
     page on its side; columns of long texts wrap. Needs array, booktabs and longtable."""

@@ -120,12 +120,13 @@ def write_report(
     frame = load(Path(store)) if frame is None else frame
     out = Path(out)
     _clear(out)
+    _write_samples(frame, out)  # before all else: the texts of millions take much memory
     with remember.remembering():
         drawings = draw(frame, out, redraw)
         beside = pairs(frame, defaults)
         made = sections(frame, beside, drawings, title)
         raw = raw_tables(frame, beside, made)
-        _write_data(frame, out, made, raw)
+        _write_tables(out, made, raw)
         runs = derive.runs(frame)
         context = {
             "title": title,
@@ -281,12 +282,13 @@ def _inline(svg: str, words: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def _write_data(
-    frame: pd.DataFrame, out: Path, made: Sequence[Section], raw: Sequence[Table]
-) -> None:
-    (out / "tables").mkdir(parents=True, exist_ok=True)
+def _write_samples(frame: pd.DataFrame, out: Path) -> None:
     write_parquet(frame, out / RECORDS)
     formats.write_frame(frame, out)
+
+
+def _write_tables(out: Path, made: Sequence[Section], raw: Sequence[Table]) -> None:
+    (out / "tables").mkdir(parents=True, exist_ok=True)
     for table in raw:
         formats.write_csv(table.frame, out / table.file)
     for section in made:
