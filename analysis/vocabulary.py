@@ -13,6 +13,7 @@ HEADLINES = {
     "decode_throughput": ("tokens_per_s", "max_batch_size"),
     "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
+    "recall": ("num_steps_to_accuracy", "accuracy_by_length"),
 }  # fmt: skip
 SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
           "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from suites import compose, display, gate, reports
-from suites.harness import corpora, pack, plan, provenance, rounds, slurm
+from suites.harness import corpora, pack, plan, provenance, rounds, slurm, tasks
 from suites.harness.plan import Planned
 from suites.harness.run import DataConfig, Run
 from suites.harness.sweep import Result, sweep
@@ -236,8 +236,9 @@ def planned_of(
 
 
 def data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
-    """The data sets of a request, each once, their files looked for."""
+    """The corpora of a request, each once, their files looked for. Tasks are none."""
     found = dict.fromkeys(plan.data_config(made) for made in settings)
+    found = {config: None for config in found if not tasks.is_task(config)}
     for config in found:
         corpora.check(config)
         if config.paths:
@@ -367,8 +368,9 @@ def counted(store: Path, item: Planned) -> dict[str, Any] | None:
 
 
 def reads_text(run: Run) -> bool:
-    """Whether a run trains on its data set; timing runs draw random tokens."""
-    return run.workload.phase == "train" and run.workload.num_steps > 0
+    """Whether a run trains on a corpus; timing runs draw random tokens."""
+    is_trained = run.workload.phase == "train" and run.workload.num_steps > 0
+    return is_trained and not tasks.is_task(run.data)
 
 
 def prepare_data(config: DataConfig, workers: int | None) -> Any:

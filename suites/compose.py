@@ -77,22 +77,23 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
                 )
             below = parse(bare)
         suites = typed.pop("suite", None) or below.pop("suite")
-        parts = {name: _layered(name, below, typed) for name in _known("suite", suites)}
-        title = ", ".join(parts)
+        parts = [(name, _layered(name, below, typed)) for name in _known("suite", suites)]
+        title = ", ".join(name for name, _ in parts)
     else:
         title = str(_single("experiment", experiment))
         values, where = _experiment(title)
         question = values.get("question")
         parts = _experiment_parts(values, where, _scale(values, where, scale), typed)
-    wanted = [_groups(part) for part in parts.values()]
+    wanted = [_groups(part) for _, part in parts]
     together = {group: list(dict.fromkeys(n for part in wanted for n in part[group]))
                 for group in defaults()}  # fmt: skip
-    files = Files(together | {"suite": list(parts)})
-    _check_suite_keys(parts, typed, files)
-    settings = [made for suite, part in parts.items() for made in _cross(suite, part, files)]
+    suites = list(dict.fromkeys(suite for suite, _ in parts))
+    files = Files(together | {"suite": suites})
+    _check_suite_keys(suites, typed, files)
+    settings = [made for suite, part in parts for made in _cross(suite, part, files)]
     clusters = [
         build(Cluster, values, f"cluster={name}")
-        for name, values in _clusters(next(iter(parts.values())), files).items()
+        for name, values in _clusters(parts[0][1], files).items()
     ]
     return Request(title, tuple(clusters), settings, question=question)
 
@@ -227,27 +228,43 @@ def _scale(values: dict[str, Any], where: str, typed: list[Any] | None) -> dict[
         choose("key", key, ("overrides", "suites"), f"{where}, scale {name}")
     for suite in found.get("suites") or ():
         choose("suite", suite, tuple(values["suites"]), f"{where}, scale {name}")
+        own = values["suites"][suite]
+        if isinstance(own, dict):
+            for data in found["suites"][suite]:
+                choose("data", str(data), tuple(own), f"{where}, scale {name}, suite {suite}")
     return found
 
 
 def _experiment_parts(
     values: dict[str, Any], where: str, scale: dict[str, Any], typed: dict[str, list[Any]]
-) -> dict[str, dict[str, list[Any]]]:
-    """Suite to its overrides: the experiment's, the suite's own, the same two of the scale, and
-    what was typed."""
+) -> list[tuple[str, dict[str, list[Any]]]]:
+    """Suites with their overrides: the experiment's, the suite's own, the same two of the scale,
+    and what was typed. A suite whose own are told by data set comes once for each of those that
+    the experiment has and that were typed, if any were."""
     suites = _known("suite", list(values["suites"]))
     if wanted := typed.pop("suite", None):
         for suite in _known("suite", wanted):
             choose("suite", suite, tuple(suites), where)
         suites = [suite for suite in suites if suite in wanted]
 
-    def layers(suite: str) -> Iterator[dict[str, list[Any]]]:
+    def layers(suite: str, data: str | None) -> Iterator[dict[str, list[Any]]]:
         for layer in (values, scale):
             yield parse(layer.get("overrides") or ())
-            yield parse((layer.get("suites") or {}).get(suite) or ())
-        yield typed
+            own = (layer.get("suites") or {}).get(suite) or ()
+            yield parse(own if data is None else dict(own).get(data) or ())
+        yield typed if data is None else typed | {"data": [data]}
 
-    return {suite: _layered(suite, *layers(suite)) for suite in suites}
+    parts: list[tuple[str, str | None]] = []
+    for suite in suites:
+        own = values["suites"][suite]
+        if not isinstance(own, dict):
+            parts.append((suite, None))
+            continue
+        names = _known("data", typed.get("data") or list(own))
+        for name in names:
+            choose("data", name, tuple(own), f"{where}, suite {suite}")
+        parts += [(suite, name) for name in names]
+    return [(suite, _layered(suite, *layers(suite, data))) for suite, data in parts]
 
 
 def _layered(suite: str, *layers: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -265,9 +282,9 @@ def _has_until(suite: str) -> bool:
     return UNTIL.partition(".")[2] in OmegaConf.load(CONFIGS / "suite" / f"{suite}.yaml")
 
 
-def _check_suite_keys(parts: dict[str, Any], typed: dict[str, Any], files: "Files") -> None:
+def _check_suite_keys(suites: list[str], typed: dict[str, Any], files: "Files") -> None:
     """A key suite.x reaches the suites that have it: at least one must."""
-    known = sorted(set().union(*(files.choice("suite", suite) for suite in parts)) - {"name"})
+    known = sorted(set().union(*(files.choice("suite", suite) for suite in suites)) - {"name"})
     for key in typed:
         root, _, rest = key.partition(".")
         field = rest.partition(".")[0]
@@ -276,7 +293,7 @@ def _check_suite_keys(parts: dict[str, Any], typed: dict[str, Any], files: "File
             hint = f"Did you mean 'suite.{close[0]}'?" if close else f"Known: {', '.join(known)}."
             if key == UNTIL:
                 hint = "Rounds end early (--until-ci) where a suite is timed."
-            raise ValueError(f"suite={','.join(parts)}: unknown key {key!r}. {hint}")
+            raise ValueError(f"suite={','.join(suites)}: unknown key {key!r}. {hint}")
 
 
 def _groups(overrides: dict[str, list[Any]]) -> dict[str, list[str]]:
@@ -301,9 +318,13 @@ def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[
     made = []
     del groups["cluster"]
     for chosen in product(*groups.values()):
-        base = files.settings(dict(zip(groups, chosen, strict=True)) | {"suite": suite})
-        for point in product(*values.values()):
-            made.append(_apply(copy.deepcopy(base), dict(zip(values, point, strict=True))))
+        names = dict(zip(groups, chosen, strict=True))
+        base = files.settings(names | {"suite": suite})
+        # a window is that of the families beside it which have one
+        has_window = names["family"] != "mqa" or len(groups["family"]) == 1
+        own = {k: v for k, v in values.items() if has_window or k != "model.window_size"}
+        for point in product(*own.values()):
+            made.append(_apply(copy.deepcopy(base), dict(zip(own, point, strict=True))))
     return made
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype, unsupported
-from suites.harness import provenance, topology
+from suites.harness import provenance, tasks, topology
 from suites.harness.costs import work_costs
 from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
@@ -106,6 +106,7 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
             f"model.vocab_size={model.vocab_size} is smaller than data={data.name} needs: "
             f"{data.vocab_size}."
         )
+    _check_data(suite, name, data)
     check_dtype(settings["dtype"])
     device_kind = settings["device_kind"]
     choose("device_kind", device_kind, provenance.DEVICE_KINDS, "settings")
@@ -134,6 +135,13 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
                     seed=seed,
                     round=round_,
                 )
+
+
+def _check_data(suite: Suite, name: str, data: DataConfig) -> None:
+    if check := getattr(suite, "check_data", None):
+        check(data)
+    elif tasks.is_task(data) and any(work.num_steps for work in suite.workloads()):
+        raise ValueError(f"data={data.name} is a task, for suite=recall; suite={name} reads text.")
 
 
 def data_config(settings: dict[str, Any]) -> DataConfig:

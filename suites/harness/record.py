@@ -80,6 +80,9 @@ METRICS = {
     "unigram_bits_per_byte": Metric("bit/B", None, "Unigram entropy (bits per byte)"),
     "loss_by_position": Metric("nats/token", "lower", "Loss by position (nats per token)"),
     "accuracy": Metric("1", "higher", "Accuracy"),
+    "token_accuracy": Metric("1", "higher", "Accuracy of single tokens"),
+    "token_accuracy_by_length": Metric("1", "higher", "Accuracy of single tokens by length"),
+    "num_steps_to_accuracy": Metric("steps", "lower", "Steps to an accuracy"),
     "accuracy_by_length": Metric("1", "higher", "Accuracy by length"),
     "num_examples": Metric("1", None, "Examples"),
     "relative_error": Metric("1", "lower", "Relative error"),
@@ -91,11 +94,12 @@ METRICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One measured value. `repeat` counts within the process; `at` is the step or position it
-    belongs to; `field` names what was compared (a tensor, in parity)."""
+    """One measured value; null: looked for, and there is none. `repeat` counts within the process;
+    `at` is the step, position, length or percentage it belongs to; `field` names what was compared
+    (a tensor, in parity)."""
 
     metric: str
-    value: float
+    value: float | None
     unit: str
     repeat: int | None = None
     at: int | None = None

@@ -24,6 +24,9 @@ class Workload:
     num_new_tokens: int = 0
     num_steps: int = 0  # optimizer steps of a quality run
     num_held_out_batches: int = 0  # batches that a quality run is evaluated on
+    evaluated_seq_lens: tuple[int, ...] = ()  # lengths that a task is asked at
+    num_examples: int = 0  # of each of them
+    stops_when_learned: bool = False  # training on a task
     repeats: int = 0  # timed repetitions within the process
     max_batch_size: int = 0  # where a search for the largest batch ends
     activation_checkpointing: bool = False
@@ -60,6 +63,7 @@ class DataConfig:
     field: str = "text"  # the key of a .jsonl line that holds the text
     token_dtype: str = "uint16"  # of a .bin file
     held_out_fraction: float = 0.05
+    num_items: int = 0  # of a task: what an example asks for; 0 where there is no such count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,11 @@ class Run:
             del values["workload"]["op"]
         if self.workload.num_devices == 1:
             del values["workload"]["num_devices"]
+        if not self.workload.num_examples:  # a question of tasks alone
+            for name in ("evaluated_seq_lens", "num_examples", "stops_when_learned"):
+                del values["workload"][name]
+        if not self.data.num_items:
+            del values["data"]["num_items"]
         if self.kernels.layers == "auto":  # runs from before this setting keep their ids
             del values["kernels"]["layers"]
         return values
@@ -123,6 +132,7 @@ class Suite(Protocol):
     rounds: int  # times that each cell is measured, each in a process of its own
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool]  # its runs are interleaved, and compared as ratios
+    # Where not every data set will do, as `check_data(data)`, a ValueError for those that do not.
     # Where it is timed only, as `until_ci: float | None`, which ends rounds early (see rounds.py):
     headline: ClassVar[str]  # the metric by which variants are compared
 
