@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import remember
-from analysis.evidence import decoding, quality, size, speed
+from analysis.evidence import decoding, quality, recall, size, speed
 from analysis.evidence.groups import (
     ABOVE_ONE,
     ABOVE_ZERO,
@@ -454,7 +454,8 @@ CLAIMS = (
         text="Hawk learns to copy selectively, but needs many more steps than MQA and Griffin.",
         place="figure 6(a)",
         paper="53K steps to 0.9 (Hawk), 16.5K (Griffin), 13K (MQA)",
-        needs=f"the task of selective copying: {_LATER}",
+        needs="experiment=paper/figure6 data=selective_copying",
+        find=recall.selective_copying,
     ),
     Claim(
         name="induction_heads",
@@ -462,7 +463,9 @@ CLAIMS = (
         "MQA does not at 2 times.",
         place="figure 6(b)",
         paper="1.00 at 4096 after training at 256; MQA 0.52 at 512",
-        needs=f"the task of induction heads: {_LATER}",
+        needs="experiment=paper/figure6 data=induction_heads",
+        tolerance="0.9 of the answers right count as found",
+        find=recall.induction_heads,
     ),
     Claim(
         name="phonebook",

@@ -24,6 +24,7 @@ from analysis import (
     formats,
     latex,
     page,
+    recall,
     remember,
     settings,
     style,
@@ -77,6 +78,7 @@ def sections(
     brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
     bounds = tables.bounds(frame)
     peaks = tables.peaks(frame)
+    tasks = recall.table(frame)
     ablations = tables.ablations(frame, {by: first for by, _, first in beside if by != "backend"})
     return [
         *(told if is_of_paper else ()),
@@ -85,6 +87,7 @@ def sections(
                 note=_sweeps(frame), empty="No run in this store can be compared."),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
+        *([Section("recall", tasks.title, [tasks])] if tasks.rows else []),
         *([Section("ablations", "Ablations", ablations)] if ablations else ()),
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
         *(() if is_of_paper else told),

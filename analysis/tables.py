@@ -495,7 +495,7 @@ def _difference(row: dict[str, Any], unit: str) -> str:
     if row["difference"] is None or pd.isna(row["difference"]):
         return NONE
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-    return f"{row['difference']:+.4f}{interval} {unit}"
+    return f"{row['difference']:+.4f}{interval} {'' if unit == '1' else unit}".rstrip()
 
 
 def _times(ratio: float) -> str:

@@ -13,13 +13,15 @@ HEADLINES = {
     "decode_throughput": ("tokens_per_s", "max_batch_size"),
     "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
-    "recall": ("num_steps_to_accuracy", "accuracy_by_length"),
+    "recall": ("accuracy_over_lengths", "accuracy_by_length"),
 }  # fmt: skip
 SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
           "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
 TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
          "op_time_ms")  # fmt: skip
-QUALITIES = ("bits_per_byte", "loss", "train_loss")  # compared by difference, not by ratio
+# compared by difference, not by ratio
+QUALITIES = ("bits_per_byte", "loss", "train_loss", "accuracy_over_lengths",
+             "accuracy_by_length")  # fmt: skip
 CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from suites.harness.plan import CONTEXT, Planned, workload_text
+from suites.harness.plan import CONTEXT, Planned, work_text
 from suites.harness.record import Record
 
 NONE = "-"
@@ -122,7 +122,7 @@ def plan_row(item: Planned) -> list[str]:
         f"{run.model.family}_{run.model.size}",
         run.backend,
         run.dtype,
-        workload_text(run.workload),
+        work_text(run),
         str(run.seed),
         str(run.round),
         number(costs["num_params"]),
@@ -145,7 +145,7 @@ def print_card(item: Planned) -> None:
     memory = costs["predicted_peak_memory_bytes"]
     rows = [
         ["run_id", run.run_id],
-        ["suite", f"{run.suite}, {workload_text(work)}, {run.dtype}, {run.backend}"],
+        ["suite", f"{run.suite}, {work_text(run)}, {run.dtype}, {run.backend}"],
         ["model", f"{run.model.family}_{run.model.size}"],
         ["num_params", f"{number(costs['num_params'])} parameters"],
         ["num_params_non_embedding",
@@ -240,7 +240,7 @@ class SweepProgress:
         self.num_runs -= len(spared)
         for why, number in Counter(why for _, why in spared).items():
             run = spared[0][0].run
-            line = f"{run.suite} {workload_text(run.workload)}: {count(number, 'run')} {why}"
+            line = f"{run.suite} {work_text(run)}: {count(number, 'run')} {why}"
             if self.bar:
                 self.bar.update(self.task, total=self.num_runs)
                 self.bar.console.print(Text(line), style="dim")
@@ -266,7 +266,7 @@ def _label(planned: Planned) -> str:
     run = planned.run
     rounds = f" round {run.round}" if planned.block else f" seed {run.seed}"
     name = f"{run.model.family}_{run.model.size}"
-    return f"{run.suite} {name} {run.backend} {run.dtype} {workload_text(run.workload)}{rounds}"
+    return f"{run.suite} {name} {run.backend} {run.dtype} {work_text(run)}{rounds}"
 
 
 def _is_number(text: str) -> bool:

@@ -113,12 +113,17 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         yield _null("num_steps_to_accuracy", first_step(curve, level / 100), at=level)
     phase("evaluate")
     yield sample("num_examples", work.num_examples)
+    held = []
     for number, seq_len in enumerate(work.evaluated_seq_lens, start=1):
         found = accuracies(run, engine, seq_len) if _fits(run, engine, seq_len) else (None, None)
+        held.append(found[0])
         for metric, value in zip(("accuracy", "token_accuracy"), found, strict=True):
             yield _null(f"{metric}_by_length", value, at=seq_len)
         progress(number, len(work.evaluated_seq_lens))
         checkpoint.save_if_due(engine, step, curve, [])
+    if held:
+        mean = None if None in held else float(np.mean(held))
+        yield _null("accuracy_over_lengths", mean)
     if (memory := peak_memory_bytes(engine)) is not None:
         yield sample("peak_memory_bytes", memory)
 
@@ -169,6 +174,6 @@ def _fits(run: Run, engine: Engine, seq_len: int) -> bool:
     return available is None or needed < available
 
 
-def _null(metric: str, value: float | None, at: int) -> Sample:
+def _null(metric: str, value: float | None, at: int | None = None) -> Sample:
     """A sample that has a value, or is known to have none."""
     return Sample(metric=metric, value=value, unit=METRICS[metric].unit, at=at)

@@ -259,16 +259,38 @@ def windowed(family: str, seq_len: int, window: int | None, seed: int = 0) -> Re
                   model={"window_size": window})  # fmt: skip
 
 
-def recall(family: str, backend: str, seed: int = 0, num_examples: int | None = 64) -> Record:
-    """Accuracy over steps and over lengths, of so many examples."""
-    starts = {"mqa": 400, "hawk": 2500, "griffin": 600}[family] + 100 * seed
-    reach = {"mqa": 256, "hawk": 8192, "griffin": 4096}[family]
-    samples = [sample("accuracy", 1 / (1 + np.exp((starts - step) / 150)), at=step)
-               for step in range(0, 5001, 250)]  # fmt: skip
+def recall(
+    family: str,
+    backend: str,
+    seed: int = 0,
+    num_examples: int | None = 64,
+    *,
+    task: str = "induction_heads",
+    num_items: int = 0,
+    size: str = "tiny",
+    seq_len: int = 256,
+    starts: int | None = None,
+    reach: int | None = None,
+    num_steps: int = 5000,
+    **rest,
+) -> Record:
+    """Accuracy over steps (half at `starts`) and over lengths (all right up to `reach`), of so many
+    examples."""
+    starts = starts or {"mqa": 400, "hawk": 2500, "griffin": 600}[family] + 100 * seed
+    reach = reach or {"mqa": 256, "hawk": 8192, "griffin": 4096}[family]
+    curve = {step: 1 / (1 + np.exp((starts - step) / 150)) for step in range(0, num_steps + 1, 250)}
+    samples = [sample("accuracy", value, at=step) for step, value in curve.items()]
+    for level in (90, 95):
+        first = next((step for step, value in curve.items() if value >= level / 100), None)
+        samples.append(Sample(metric="num_steps_to_accuracy", value=first, unit="steps", at=level))
     lengths = 2 ** np.arange(6, 14)
     samples += [sample("accuracy_by_length", min(1.0, (reach / n) ** 2), at=int(n))
                 for n in lengths]  # fmt: skip
+    over = np.mean([min(1.0, (reach / n) ** 2) for n in lengths])
+    samples.append(sample("accuracy_over_lengths", over))
     if num_examples:
         samples.append(sample("num_examples", num_examples))
+    data = {"name": task, "source": task} | ({"num_items": num_items} if num_items else {})
     return record("recall", family, backend, samples=tuple(samples), seed=seed, phase="train",
-                  seq_len=256, num_steps=5000)  # fmt: skip
+                  seq_len=seq_len, num_steps=num_steps, data=data,
+                  model={"size": size} | rest.pop("model", {}), **rest)  # fmt: skip

@@ -94,6 +94,7 @@ def test_accuracy_is_of_whole_answers_and_token_accuracy_of_tokens():
     assert found(samples, "token_accuracy") == dict.fromkeys(steps, 9 / 12)
     assert found(samples, "accuracy_by_length") == {8: 4 / 6, 24: 4 / 6}
     assert found(samples, "token_accuracy_by_length") == {8: 9 / 12, 24: 9 / 12}
+    assert found(samples, "accuracy_over_lengths") == {None: pytest.approx(4 / 6)}
     assert found(samples, "train_loss") == dict.fromkeys(steps, 1.0)
     assert found(samples, "num_examples") == {None: 6}
     assert found(samples, "peak_memory_bytes") == {None: 77}
@@ -143,6 +144,7 @@ def test_a_length_without_memory_is_null_and_not_tried(monkeypatch):
     monkeypatch.setattr(recall, "available_memory_bytes", lambda engine: room)
     samples = list(recall.measure(run_of(evaluated_seq_lens=[24, 96]), engine))
     assert found(samples, "accuracy_by_length") == {24: 1.0, 96: None}
+    assert found(samples, "accuracy_over_lengths") == {None: None}
     assert (1, 96) not in engine.shown
     engine.resolved_kernels = {"attention": "fused"}  # which keeps no scores
     samples = list(recall.measure(run_of(evaluated_seq_lens=[24, 96]), engine))

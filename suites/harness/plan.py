@@ -471,6 +471,12 @@ def _change(record: dict[str, Any], run: Run, device: str, now: dict[str, str | 
     return "code changed"
 
 
+def work_text(run: Run) -> str:
+    """A run's workload in a few words; of a task with its name."""
+    text = workload_text(run.workload)
+    return f"{run.data.name} {text}" if tasks.is_task(run.data) else text
+
+
 def workload_text(work: Workload) -> str:
     """A workload in a few words, for tables."""
     if work.op:

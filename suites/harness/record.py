@@ -80,6 +80,7 @@ METRICS = {
     "unigram_bits_per_byte": Metric("bit/B", None, "Unigram entropy (bits per byte)"),
     "loss_by_position": Metric("nats/token", "lower", "Loss by position (nats per token)"),
     "accuracy": Metric("1", "higher", "Accuracy"),
+    "accuracy_over_lengths": Metric("1", "higher", "Mean accuracy over lengths"),
     "token_accuracy": Metric("1", "higher", "Accuracy of single tokens"),
     "token_accuracy_by_length": Metric("1", "higher", "Accuracy of single tokens by length"),
     "num_steps_to_accuracy": Metric("steps", "lower", "Steps to an accuracy"),
