@@ -96,16 +96,20 @@ def check(data: DataConfig) -> None:
     if data.tokenizer is not None:
         if data.source in ("random", "tokens"):
             raise ValueError(f"{title(data)}: source={data.source!r} takes no tokenizer.")
-        num_tokens = load_tokenizer(data.tokenizer, title(data)).get_vocab_size()
-        if data.vocab_size < num_tokens:
-            raise ValueError(
-                f"{title(data)}: vocab_size={data.vocab_size}, but {data.tokenizer} has "
-                f"{num_tokens} tokens; set data.vocab_size={num_tokens}."
-            )
+        check_tokenizer(data)
     elif data.source in ("stdlib", "docstrings", "text", "jsonl") and data.vocab_size < 256:
         raise ValueError(f"{title(data)}: vocab_size={data.vocab_size}; bytes need 256.")
     if data.vocab_size < 1:
         raise ValueError(f"{title(data)}: vocab_size={data.vocab_size}; must be at least 1.")
+
+
+def check_tokenizer(data: DataConfig) -> None:
+    num_tokens = load_tokenizer(data.tokenizer, title(data)).get_vocab_size()
+    if data.vocab_size < num_tokens:
+        raise ValueError(
+            f"{title(data)}: vocab_size={data.vocab_size}, but {data.tokenizer} has "
+            f"{num_tokens} tokens; set data.vocab_size={num_tokens}."
+        )
 
 
 def fingerprint(data: DataConfig) -> str:
