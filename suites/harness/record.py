@@ -86,6 +86,8 @@ METRICS = {
     "num_steps_to_accuracy": Metric("steps", "lower", "Steps to an accuracy"),
     "accuracy_by_length": Metric("1", "higher", "Accuracy by length"),
     "num_examples": Metric("1", None, "Examples"),
+    "chance_accuracy": Metric("1", None, "Accuracy of guessing"),
+    "num_cut_examples": Metric("1", None, "Examples whose beginning did not fit"),
     "relative_error": Metric("1", "lower", "Relative error"),
     "rms_error": Metric("1", "lower", "RMS relative error"),
     "tolerance": Metric("1", None, "Tolerance"),

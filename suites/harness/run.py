@@ -34,6 +34,11 @@ class Workload:
     topology: str | None = None  # of TPUs that are not here: compiled for, and not run
     op: str = ""  # that is timed alone; in the phase train with its gradients
     num_devices: int = 1  # of one node, that share each batch's rows
+    task: str = ""  # of questions with given answers
+    task_folder: str = ""  # where a task of one's own is defined
+    task_digest: str = ""  # of the files there
+    num_fewshot: int = 0  # answered questions before each
+    max_questions: int = 0  # of each task; 0: all
 
     def __post_init__(self) -> None:
         choose("phase", self.phase, PHASES, "workload")
@@ -110,6 +115,9 @@ class Run:
             del values["data"]["num_items"]
         if self.kernels.layers == "auto":  # runs from before this setting keep their ids
             del values["kernels"]["layers"]
+        if not self.workload.task:  # a question of downstream tasks alone
+            for name in ("task", "task_folder", "task_digest", "num_fewshot", "max_questions"):
+                del values["workload"][name]
         return values
 
     @classmethod
