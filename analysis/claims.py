@@ -480,7 +480,7 @@ CLAIMS = (
         text="Griffin's average over six tasks is above MQA's and Hawk's at every size.",
         place="table 1",
         paper="57.2, 60.7, 65.8 (Griffin) against 54.4, 59.0, 64.2 (MQA) at 1B, 3B, 7B",
-        needs="pre-trained models",
+        needs="experiment=paper/table1 with pre-trained models",
         out_of_reach=_300B,
     ),
     Claim(

@@ -17,7 +17,7 @@ KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
 OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
 _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
              "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
-             "data", "variant")  # fmt: skip
+             "data", "task", "variant")  # fmt: skip
 _SIDE = ("value", "low", "high", "num_rounds", "num_seeds", "outcome", "status", "parity",
          "num_params", "num_params_non_embedding", "cell_id", "is_current",
          "num_outliers", "flags", "linear_scan")  # fmt: skip

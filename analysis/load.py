@@ -38,6 +38,7 @@ RECORD_COLUMNS = {
     "device_kind": "str", "seed": "int", "round": "few", "data": "str", "window_size": "int",
     "work_phase": "str", "op": "str", "seq_len": "int", "batch_size": "int", "prompt_len": "int",
     "num_new_tokens": "int", "num_steps": "int", "num_devices": "few", "levels": "str",
+    "task": "str",
     "model": "str", "kernels": "str", "optimizer": "str",
     "settings": "str",  # all of them, but seed and round, as JSON: one text a cell
     "architecture": "str",  # what parity must share with a speed that it verifies
@@ -148,8 +149,8 @@ def _row(record: Record) -> dict[str, Any]:
     resolved = seen.get("resolved_kernels") or {}
     used = {
         name: work.get(name) or None
-        for name in ("op", "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps",
-                     "num_devices")
+        for name in ("op", "task", "seq_len", "batch_size", "prompt_len", "num_new_tokens",
+                     "num_steps", "num_devices")
     }  # fmt: skip
     given = {
         name: getattr(record, name)

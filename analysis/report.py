@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from analysis import (
     claims,
     derive,
+    downstream,
     figures,
     formats,
     latex,
@@ -79,6 +80,7 @@ def sections(
     bounds = tables.bounds(frame)
     peaks = tables.peaks(frame)
     tasks = recall.table(frame)
+    answered = downstream.table(frame)
     ablations = tables.ablations(frame, {by: first for by, _, first in beside if by != "backend"})
     return [
         *(told if is_of_paper else ()),
@@ -88,6 +90,7 @@ def sections(
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
         *([Section("recall", tasks.title, [tasks])] if tasks.rows else []),
+        *([Section("downstream", answered.title, [answered])] if answered.rows else []),
         *([Section("ablations", "Ablations", ablations)] if ablations else ()),
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
         *(() if is_of_paper else told),

@@ -34,7 +34,7 @@ ALONG = {
 SHOWN = ("suite", "family", "size", "backend", "dtype", "device_kind", "data", "op", "work_phase",
          "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
          "optimizer.num_steps", "optimizer.num_warmup_steps", "model.pattern",
-         "repeats")  # fmt: skip
+         "repeats", "task", "task_digest")  # fmt: skip
 _OWN_NAMES = ("backend", "family", "size", "dtype", "device_kind", "data", "suite",
               *RESOLVED)  # fmt: skip
 _ABSENT = {"kernels.layers": "auto", "num_devices": "1"}  # what a run leaves out

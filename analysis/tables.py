@@ -238,7 +238,7 @@ def failures(frame: pd.DataFrame) -> Table:
         ]
         for row in lost[:MAX_ROWS].to_dict("records")
     ]
-    work = ["op", "work_phase", "seq_len", "prompt_len", "num_new_tokens", "num_steps",
+    work = ["op", "task", "work_phase", "seq_len", "prompt_len", "num_new_tokens", "num_steps",
             "batch_size", "num_devices"]  # fmt: skip
     raw = lost[["attempt", *work, *(name for name in header if name != "workload")]]
     runs = {"": ("run_id",)}
@@ -337,8 +337,8 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
         if metrics[0] not in vocabulary.QUALITIES:
             continue
         varying = factorial.factors(frame, suite)
-        if len(varying) < 2:
-            continue
+        if len(varying) < 2 or "task" in varying:
+            continue  # questions of several tasks are no repetitions of one
         unit = METRICS[metrics[0]].unit
         first = {n: level for n, level in (baseline or {}).items() if level in varying.get(n, ())}
         found = factorial.ablations(frame, suite, baseline=first)
@@ -403,6 +403,8 @@ def workload(row: dict[str, Any]) -> str:
              "num_steps": "steps", "batch_size": "batch", "num_devices": "devices"}  # fmt: skip
     words = [f"{label} {int(row[name]):,}" for name, label in names.items()
              if row.get(name) is not None and not pd.isna(row[name])]  # fmt: skip
+    if row.get("task") is not None and not pd.isna(row["task"]):
+        words = [row["task"], *words]
     if row.get("op") is not None and not pd.isna(row["op"]):
         words = [row["op"], PASSES[row["work_phase"]], *words]
     at = row.get("at")

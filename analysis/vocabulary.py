@@ -14,13 +14,14 @@ HEADLINES = {
     "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
     "recall": ("accuracy_over_lengths", "accuracy_by_length"),
+    "downstream": ("accuracy",),
 }  # fmt: skip
 SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
           "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
 TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
          "op_time_ms")  # fmt: skip
 # compared by difference, not by ratio
-QUALITIES = ("bits_per_byte", "loss", "train_loss", "accuracy_over_lengths",
+QUALITIES = ("bits_per_byte", "loss", "train_loss", "accuracy", "accuracy_over_lengths",
              "accuracy_by_length")  # fmt: skip
 CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")

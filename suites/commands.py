@@ -237,7 +237,8 @@ def planned_of(
 
 def data_configs(settings: list[dict[str, Any]]) -> list[DataConfig]:
     """The corpora of a request, each once, their files looked for. Tasks are none."""
-    found = dict.fromkeys(plan.data_config(made) for made in settings)
+    read = (made for made in settings if plan.reads_corpus(made))
+    found = dict.fromkeys(plan.data_config(made) for made in read)
     found = {config: None for config in found if not tasks.is_task(config)}
     for config in found:
         corpora.check(config)

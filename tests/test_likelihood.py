@@ -186,5 +186,5 @@ def test_what_was_asked_has_a_digest():
                for some in (asked, list(asked), asked[:-1], asked[::-1])]  # fmt: skip
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
-    other = [Request(asked[0].tokens, asked[0].num_scored + 1), *asked[1:]]
+    other = [asked[0], Request(asked[1].tokens, asked[1].num_scored + 1), *asked[2:]]
     assert data.batch_digest([likelihood.packed(other)]) != digests[0]

@@ -148,6 +148,11 @@ def data_config(settings: dict[str, Any]) -> DataConfig:
     return build(DataConfig, settings["data"], "data")
 
 
+def reads_corpus(settings: dict[str, Any]) -> bool:
+    """Whether text is read from the corpus of `data`: not where a suite checks data by itself."""
+    return not hasattr(load_suite(settings["suite"]["name"]), "check_data")
+
+
 def load_suite(name: str) -> type[Suite]:
     return import_module(f"suites.{name}").Suite
 
@@ -380,6 +385,10 @@ def _costs(model: ModelConfig, work: Workload, dtype: str) -> dict[str, Any]:
         memory = cost.inference_memory_bytes(
             model, prompt_len=work.prompt_len, dtype=dtype, **cache
         )
+    elif work.task:  # forward alone, and no cache
+        cache = {"batch_size": 1, "capacity": CONTEXT}
+        size = {"batch_size": work.batch_size, "prompt_len": work.seq_len, "capacity": 1}
+        memory = cost.inference_memory_bytes(model, dtype=dtype, **size)
     elif work.op:
         cache = {"batch_size": 1, "capacity": CONTEXT}
         memory = cost.scan_memory_bytes(
@@ -462,7 +471,8 @@ def device_of(record: dict[str, Any], device: str) -> str:
 def _change(record: dict[str, Any], run: Run, device: str, now: dict[str, str | None]) -> str:
     """What differs between a finished record's build and ours, in words."""
     then = record["provenance"].get("versions", {})
-    for name in provenance.libraries(run.backend, device):
+    libraries = provenance.libraries(run.backend, device)
+    for name in (*libraries, *provenance.QUESTIONS.get(run.suite, ())):
         if then.get(name) != now.get(name):
             return f"{name} {then.get(name)} -> {now.get(name)}"
     was = record["provenance"].get("device_name")
@@ -479,6 +489,9 @@ def work_text(run: Run) -> str:
 
 def workload_text(work: Workload) -> str:
     """A workload in a few words, for tables."""
+    if work.task:
+        examples = f", {work.num_fewshot} examples" if work.num_fewshot else ""
+        return f"{work.task}{examples}"
     if work.op:
         return f"{work.op} {PASSES[work.phase]} {work.batch_size} x {work.seq_len}"
     if work.phase in ("prefill", "decode"):

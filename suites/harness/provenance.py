@@ -34,12 +34,14 @@ def version(name):
 print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 """
 SNAPSHOT = "snapshot.json"  # in the root of a copy of the code: the commit it was taken at
-PACKAGES = ("numpy", "jax", "jaxlib", "libtpu", "optax", "torch", "triton", "transformers", "aerie")
+PACKAGES = ("numpy", "jax", "jaxlib", "libtpu", "optax", "torch", "triton", "transformers",
+            "lm_eval", "aerie")  # fmt: skip
 LIBRARIES = {
     "jax": ("numpy", "jax", "jaxlib", "optax"),
     "torch": ("numpy", "torch", "triton"),
     "transformers": ("numpy", "torch", "transformers"),
 }
+QUESTIONS = {"downstream": ("lm_eval",)}  # suite -> the packages that ask what it asks
 DEVICE_KINDS = (CPU, "a100", "h100", "h200", *TPUS)
 
 
@@ -85,16 +87,25 @@ def build_key(
     libraries, if not ours.
     """
     found = versions() if found is None else found
-    names = libraries(backend, device_name)
-    libraries_now = tuple(f"{name} {found.get(name)}" for name in names)
-    return _build_key(suite, backend, device_name, libraries_now)
+    both = libraries(backend, device_name), QUESTIONS.get(suite, ())
+    engine, question = (tuple(f"{name} {found.get(name)}" for name in names) for names in both)
+    return _build_key(suite, backend, device_name, engine, question)
 
 
 @cache
-def _build_key(suite: str, backend: str, device_name: str, libraries_now: tuple[str, ...]) -> str:
+def _build_key(
+    suite: str,
+    backend: str,
+    device_name: str,
+    libraries_now: tuple[str, ...],
+    questions_now: tuple[str, ...],
+) -> str:
     engine = engine_modules(backend)
     question = closure({f"suites.{suite}", "suites.harness.child"}) - engine
-    halves = ([*_digests(engine), *libraries_now, device_name], _digests(question))
+    halves = (
+        [*_digests(engine), *libraries_now, device_name],
+        [*_digests(question), *questions_now],
+    )
     syntax.keep()
     return ".".join(
         hashlib.blake2b("\n".join(half).encode(), digest_size=6).hexdigest() for half in halves
