@@ -16,8 +16,8 @@ from conftest import BACKENDS, tiny
 
 from implementations.config import build
 from implementations.engine import Batch, load_engine
-from suites import downstream
-from suites.harness import data, lm_harness
+from suites import compose, downstream
+from suites.harness import data, lm_harness, plan
 from suites.harness.run import DataConfig, Run
 
 needs_lm_eval = pytest.mark.skipif(
@@ -160,6 +160,32 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch):
     monkeypatch.setattr(lm_harness, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^[^\n]*pip install 'aerie\[eval\]'\.$"):
         suite_of().check_data(BYTES)
+
+
+@pytest.mark.parametrize("scale", [[], ["scale=cpu"]])
+def test_table_1_is_an_experiment_that_asks_for_a_checkpoint(monkeypatch, scale):
+    monkeypatch.setattr(lm_harness, "find_spec", lambda name: "somewhere")
+    request = compose.read(["experiment=paper/table1", *scale])
+    assert request.question.endswith("?")
+    (settings,) = request.settings
+    assert tuple(settings["suite"]["tasks"]) == PAPER
+    assert settings["suite"]["num_fewshot"] == 0
+    with pytest.raises(ValueError, match=r"suite=downstream .* checkpoint=DIR\.$"):
+        list(plan.expand(settings))
+
+
+def test_data_without_a_tokenizer_is_refused_before_anything_starts():
+    (settings,) = compose.read(["suite=downstream", "data=tokens"]).settings
+    with pytest.raises(ValueError, match=r"data 'tokens': its tokenizer is not known"):
+        list(plan.expand(settings))
+
+
+def test_of_data_the_tokenizer_alone_is_looked_for():
+    """Its text may be on another machine, where the model was trained."""
+    (settings,) = compose.read(["suite=downstream", "data=text"]).settings
+    assert not plan.reads_corpus(settings)
+    (settings,) = compose.read(["suite=language_modeling", "data=text"]).settings
+    assert plan.reads_corpus(settings)
 
 
 def test_a_run_is_the_files_of_its_task(tmp_path):

@@ -8,7 +8,7 @@ from suites import compose, reports
 from suites.__main__ import _complete
 from suites.harness import plan
 
-PAPER = [name for name in compose.choices("experiment") if name.startswith("paper/")]
+PAPER = [name for name in compose.choices("experiment") if name.startswith("paper/figure")]
 
 
 def runs_of(*overrides: str) -> list:

@@ -140,6 +140,7 @@ class Suite(Protocol):
     rounds: int  # times that each cell is measured, each in a process of its own
     seeds: tuple[int, ...]
     is_timing: ClassVar[bool]  # its runs are interleaved, and compared as ratios
+    # Where it asks a trained model alone: `needs_checkpoint: ClassVar[bool] = True`.
     # Where not every data set will do, as `check_data(data)`, a ValueError for those that do not.
     # Where it is timed only, as `until_ci: float | None`, which ends rounds early (see rounds.py):
     headline: ClassVar[str]  # the metric by which variants are compared
