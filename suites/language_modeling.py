@@ -12,13 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from implementations.engine import IGNORED, Engine, OptimizerConfig
-from suites.harness import checkpoint, data
-from suites.harness.measure import Diverged, peak_memory_bytes, phase, progress, sample
+from implementations.engine import IGNORED, Batch, Engine, OptimizerConfig
+from suites.harness import data, train
+from suites.harness.measure import peak_memory_bytes, sample
 from suites.harness.record import Sample
 from suites.harness.run import Run, Workload
-
-NUM_TRAIN_SAMPLES = 50  # points of the training curve, each the mean of the steps before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,42 +57,21 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     work = run.workload
     corpus = data.open_corpus(run.data)
     shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
-    engine.start_training(run.optimizer, activation_checkpointing=work.activation_checkpointing)
 
-    done, curve, pending = checkpoint.resume(engine)  # pending: losses still on the device
-    yield from curve
+    def batches(start_step: int) -> Iterator[Batch]:
+        return data.batches(corpus, **shape, seed=run.seed, start_step=start_step)
 
-    phase("compile")
-    interval = max(1, work.num_steps // NUM_TRAIN_SAMPLES)
-    batches = data.batches(corpus, **shape, seed=run.seed, start_step=done)
-    for step, batch in zip(range(done + 1, work.num_steps + 1), batches, strict=False):
-        pending.append(engine.train_step(batch))
-        if step == done + 1:
-            engine.synchronize()
-            phase("measure")
-        if step % interval == 0 or step == work.num_steps:
-            first = step - len(pending) + 1
-            losses = [
-                _finite(float(loss), f"training step {number}")
-                for number, loss in enumerate(pending, start=first)
-            ]
-            curve.append(sample("train_loss", np.mean(losses), at=step))
-            yield curve[-1]
-            pending = []
-        progress(step, work.num_steps)
-        checkpoint.save_if_due(engine, step, curve, pending)
+    curve = yield from train.train(run, engine, batches)
 
-    phase("evaluate")
     nlls, positions = [], []  # nats of every scored target, in float64; its position
-    held_out = data.held_out_batches(corpus, **shape, num_batches=work.num_held_out_batches)
-    for number, batch in enumerate(held_out, start=1):
+    num_batches = work.num_held_out_batches
+    held_out = data.held_out_batches(corpus, **shape, num_batches=num_batches)
+    for batch, nll_BT in train.scored(run, engine, held_out, num_batches, curve):
         is_scored_BT = batch.targets_BT != IGNORED
-        nlls.append(np.asarray(engine.evaluate(batch), np.float64)[is_scored_BT])
+        nlls.append(nll_BT[is_scored_BT])
         positions.append(batch.position_BT[is_scored_BT])
-        progress(number, work.num_held_out_batches)
-        checkpoint.save_if_due(engine, work.num_steps, curve, [])
     nll, position = np.concatenate(nlls), np.concatenate(positions)
-    loss = _finite(float(nll.mean()), "evaluation")
+    loss = train.finite(float(nll.mean()), "evaluation")
     yield sample("loss", loss)
     if corpus.bytes_per_token is not None:  # tokens alone do not say how much text they are
         yield sample("bits_per_byte", loss / (math.log(2) * corpus.bytes_per_token))
@@ -112,9 +89,3 @@ def loss_by_position(nll: np.ndarray, position: np.ndarray) -> Iterator[tuple[in
     for index in np.unique(bucket):
         start = 0 if index == 0 else 2 ** (int(index) - 1)
         yield start, float(nll[bucket == index].mean())
-
-
-def _finite(loss: float, where: str) -> float:
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} at {where}.")
-    return loss

@@ -15,7 +15,7 @@ from conftest import BACKENDS, tiny
 
 from implementations.engine import OptimizerConfig, load_engine
 from suites import language_modeling
-from suites.harness import checkpoint, stop
+from suites.harness import checkpoint, stop, train
 from suites.harness.run import DataConfig, Run, Workload
 
 STEPS = 8
@@ -315,7 +315,7 @@ def trained(keep, monkeypatch, run, stop_at=()):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_interrupted_run_ends_as_one_that_was_not(keep, monkeypatch, backend):
     """Bit for bit, wherever it stops: at each step, in evaluation, and time and again."""
-    monkeypatch.setattr(language_modeling, "NUM_TRAIN_SAMPLES", 3)  # some losses wait at a stop
+    monkeypatch.setattr(train, "NUM_TRAIN_SAMPLES", 3)  # some losses wait at a stop
     monkeypatch.setenv(checkpoint.INTERVAL_VARIABLE, "1000")
     run = replace(RUN, backend=backend)
     parameters, samples, (segment,) = trained(keep, monkeypatch, run)
