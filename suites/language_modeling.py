@@ -8,6 +8,7 @@ alone would reach.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -53,15 +54,17 @@ class Suite:
         return replace(base, num_steps=workload.num_steps, num_warmup_steps=num_warmup_steps)
 
 
+def batches(run: Run, start_step: int = 0) -> Iterator[Batch]:
+    work, corpus = run.workload, data.open_corpus(run.data)
+    shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
+    return data.batches(corpus, **shape, seed=run.seed, start_step=start_step)
+
+
 def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     work = run.workload
     corpus = data.open_corpus(run.data)
     shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
-
-    def batches(start_step: int) -> Iterator[Batch]:
-        return data.batches(corpus, **shape, seed=run.seed, start_step=start_step)
-
-    curve = yield from train.train(run, engine, batches)
+    curve = yield from train.train(run, engine, partial(batches, run))
 
     nlls, positions = [], []  # nats of every scored target, in float64; its position
     num_batches = work.num_held_out_batches

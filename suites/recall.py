@@ -73,9 +73,14 @@ class Suite:
         return replace(base, num_steps=workload.num_steps, num_warmup_steps=num_warmup_steps)
 
 
-def measure(run: Run, engine: Engine) -> Iterator[Sample]:
+def batches(run: Run, start_step: int = 0) -> Iterator[Batch]:
     work = run.workload
     shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
+    return tasks.batches(run.data, **shape, seed=run.seed, start_step=start_step)
+
+
+def measure(run: Run, engine: Engine) -> Iterator[Sample]:
+    work = run.workload
     engine.start_training(run.optimizer, activation_checkpointing=work.activation_checkpointing)
 
     done, curve, pending = checkpoint.resume(engine)  # pending: losses still on the device
@@ -83,10 +88,10 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
 
     phase("compile")
     interval = max(1, work.num_steps // NUM_LOOKS)
-    batches = tasks.batches(run.data, **shape, seed=run.seed, start_step=done)
+    given = batches(run, done)
     step = done
     while step < work.num_steps and not (work.stops_when_learned and is_learned(curve)):
-        pending.append(engine.train_step(next(batches)))
+        pending.append(engine.train_step(next(given)))
         step += 1
         if step == done + 1:
             engine.synchronize()

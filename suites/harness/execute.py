@@ -29,7 +29,7 @@ from implementations.engine import (
     load_engine,
 )
 from implementations.rank import Rank
-from suites.harness import checkpoint, data, measure, provenance, ranks, stop, tasks
+from suites.harness import checkpoint, data, measure, provenance, ranks, stop
 from suites.harness.record import PHASES, Record, Sample, record_path, with_room, write
 from suites.harness.run import Run
 
@@ -324,12 +324,8 @@ def _open(kind: type[Engine] | type[Compiler], run: Run) -> Engine | Compiler:
 def _data_digest(run: Run) -> str:
     """What the run's batches hold, in their order: equal digests, equal data."""
     work = run.workload
-    if work.phase == "train" and work.num_steps > 0:
-        shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
-        if tasks.is_task(run.data):
-            return data.batch_digest(tasks.batches(run.data, **shape, seed=run.seed))
-        corpus = data.open_corpus(run.data)
-        return data.batch_digest(data.batches(corpus, **shape, seed=run.seed))
+    if batches := getattr(import_module(f"suites.{run.suite}"), "batches", None):
+        return data.batch_digest(batches(run))
     tokens_BT = data.random_tokens(
         work.batch_size,
         work.seq_len + 1 if work.seq_len else work.prompt_len,

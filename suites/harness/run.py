@@ -22,6 +22,9 @@ class Workload:
     seq_len: int = 0  # tokens per training or evaluation sequence
     prompt_len: int = 0
     num_new_tokens: int = 0
+    eval_seq_len: int = 0  # tokens per evaluation sequence, where training has others
+    chunk_len: int = 0  # tokens evaluated at once; 0: all
+    length_buckets: tuple[int, ...] = ()  # ends of buckets; training is in the one up to seq_len
     num_steps: int = 0  # optimizer steps of a quality run
     num_held_out_batches: int = 0  # batches that a quality run is evaluated on
     evaluated_seq_lens: tuple[int, ...] = ()  # lengths that a task is asked at
@@ -100,12 +103,9 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         values = json.loads(json.dumps(asdict(self)))
-        if not self.workload.levels:  # a question of parity alone: others keep their ids
-            del values["workload"]["levels"]
-        if self.workload.topology is None:
-            del values["workload"]["topology"]
-        if not self.workload.op:
-            del values["workload"]["op"]
+        for name in ("levels", "topology", "op", "eval_seq_len", "chunk_len", "length_buckets"):
+            if not getattr(self.workload, name):  # a question of few: others keep their ids
+                del values["workload"][name]
         if self.workload.num_devices == 1:
             del values["workload"]["num_devices"]
         if not self.workload.num_examples:  # a question of tasks alone

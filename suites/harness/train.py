@@ -6,6 +6,7 @@ An interrupted run goes on from its checkpoint and ends bit for bit as one that 
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -57,15 +58,19 @@ def train(
 def scored(
     run: Run,
     engine: Engine,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     num_batches: int,
     curve: list[Sample],
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """(batch, nats of each target [B, T], float64) of held-out batches, after training; `curve` is
-    what train() returned."""
+    score: Callable[[Batch], np.ndarray] | None = None,
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """(batch, nats of each target [B, T], float64) of held-out batches, after training: as the
+    engine scores them, or `score`. A batch may be the first of a tuple, and `curve` is what train()
+    returned."""
+    score = engine.evaluate if score is None else score
     phase("evaluate")
     for number, batch in enumerate(batches, start=1):
-        yield batch, np.asarray(engine.evaluate(batch), np.float64)
+        nll_BT = score(batch[0] if isinstance(batch, tuple) else batch)
+        yield batch, np.asarray(nll_BT, np.float64)
         progress(number, num_batches)
         checkpoint.save_if_due(engine, run.workload.num_steps, curve, [])
 
