@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODEL_GROUPS = ("settings", "size", "family")  # together they make a model; later ones win
 GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
-VALUES = ("dtype", "device_kind")
+VALUES = ("dtype", "device_kind", "checkpoint")
 UNTIL, ROUNDS = "suite.until_ci", "suite.rounds"
 EXPERIMENT = ("experiment", "scale")  # which one, and at which of its scales
 # `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.

@@ -331,7 +331,7 @@ def _page(seen: Look, store: Path) -> Group:
         ]
     if seen.running:
         rows = [_running_row(one) for one in seen.running[:MAX_ROWS]]
-        parts.append(display.table(["run", "node", "job", "phase", "done", "since"], rows))
+        parts.append(display.table(["run", "node", "job", "phase", "done", "loss", "since"], rows))
         if more := len(seen.running) - MAX_ROWS:
             parts += [Text(f"and {more} more")] if more > 0 else []
     if not seen.outcomes:
@@ -367,5 +367,6 @@ def _running_row(one: dict[str, Any]) -> list[str]:
         one["job"] or display.NONE,
         one.get("phase") or display.NONE,
         share,
+        display.NONE if one.get("loss") is None else f"{one['loss']:.3f}",
         display.NONE if ago is None else display.duration(ago),
     ]

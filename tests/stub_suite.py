@@ -150,7 +150,7 @@ def train(engine: Engine, num_steps: int) -> Iterator[Sample]:
         engine.value = engine.value * 1.1 + step
         curve.append(sample("train_loss", float(engine.value), at=step))
         yield curve[-1]
-        progress(step, num_steps)
+        progress(step, num_steps, curve[-1].value)
         checkpoint.save_if_due(engine, step, curve, [])
 
 

@@ -2,20 +2,24 @@
 as if they had never stopped."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from conftest import BACKENDS, tiny
 
+from implementations import parameters
 from implementations.engine import OptimizerConfig, load_engine
 from suites import language_modeling
-from suites.harness import checkpoint, stop, train
+from suites.harness import checkpoint, measure, plan, stop, train
+from suites.harness import trained as trained_parameters
 from suites.harness.run import DataConfig, Run, Workload
 
 STEPS = 8
@@ -318,7 +322,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(keep, monkeypatch, backend)
     monkeypatch.setattr(train, "NUM_TRAIN_SAMPLES", 3)  # some losses wait at a stop
     monkeypatch.setenv(checkpoint.INTERVAL_VARIABLE, "1000")
     run = replace(RUN, backend=backend)
-    parameters, samples, (segment,) = trained(keep, monkeypatch, run)
+    whole, samples, (segment,) = trained(keep, monkeypatch, run)
     assert (segment["start_step"], segment["end_step"]) == (0, STEPS)
     stops = [(1,), (3,), (7,), (STEPS,), (STEPS + 1,), (2, 1, 3, 1)]
     for stop_at in stops:
@@ -326,8 +330,69 @@ def test_an_interrupted_run_ends_as_one_that_was_not(keep, monkeypatch, backend)
         assert also == samples, stop_at
         assert len(segments) == len(stop_at) + 1
         assert segments[-1]["end_step"] == STEPS
-        for name, value in parameters.items():
+        for name, value in whole.items():
             np.testing.assert_array_equal(again[name], value, err_msg=f"{stop_at} {name}")
+
+
+class Killed(BaseException):
+    """Nothing that a run could catch, or write a checkpoint at."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_run_ends_as_one_that_was_not(keep, monkeypatch, backend):
+    """Bit for bit, with what a suite asks at the points of the curve: killed in any step and in
+    evaluation, though the steps since the last checkpoint are lost."""
+    monkeypatch.setattr(train, "NUM_TRAIN_SAMPLES", 3)
+    run, clock, class_ = replace(RUN, backend=backend), [0], load_engine(backend)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv(checkpoint.INTERVAL_VARIABLE, "3")  # steps, on this clock
+
+    def measured(kill_at):
+        keep(run)
+        engine, calls = class_(run.model, seed=run.seed), []
+
+        def counted(method):
+            def call(batch):
+                calls.append(batch)
+                if len(calls) == kill_at:
+                    raise Killed
+                clock[0] += 1
+                return method(batch)
+
+            return call
+
+        monkeypatch.setattr(engine, "train_step", counted(engine.train_step))
+        monkeypatch.setattr(engine, "evaluate", counted(engine.evaluate))
+        first = next(language_modeling.batches(run))
+
+        def probe(step):
+            yield measure.sample("accuracy", engine.logits(first).mean(), at=step)
+
+        def samples():
+            curve = yield from train.train(
+                run, engine, lambda done: language_modeling.batches(run, done), probe
+            )
+            held_out = [first, first]
+            for _, nll_BT in train.scored(run, engine, held_out, 2, curve):
+                yield measure.sample("loss", nll_BT.mean())
+
+        return list(samples()), engine
+
+    whole, engine = measured(None)
+    assert [s.at for s in whole if s.metric == "accuracy"] == [2, 4, 6, 8]
+    checkpoint._keeper.remove()
+    for kill_at in range(1, STEPS + 3):
+        with pytest.raises(Killed):
+            measured(kill_at)
+        with pytest.raises(Killed):
+            measured(2)  # and once more, soon after it went on
+        again, other = measured(None)
+        start = checkpoint._keeper.start_step
+        assert start == (min(kill_at - 1, STEPS) // 3) * 3 or kill_at > STEPS
+        assert again == whole, kill_at
+        for name, value in engine.training_state().items():
+            np.testing.assert_array_equal(other.training_state()[name], value, err_msg=name)
+        checkpoint._keeper.remove()
 
 
 def test_the_signal_sets_a_flag_and_no_more():
@@ -344,3 +409,113 @@ except stop.Stopped as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"True told to stop ({signal.SIGUSR2.name})"
+
+
+# Trained parameters in a folder: cluster.keeps_parameters=true leaves them, checkpoint=DIR takes
+# them.
+
+
+@pytest.fixture
+def left(keep, monkeypatch):
+    """The folder that a whole run leaves, its engine, and what it measured."""
+    monkeypatch.setenv(trained_parameters.KEEP_VARIABLE, "1")
+    monkeypatch.setenv(checkpoint.INTERVAL_VARIABLE, "1000")
+    keeper = keep()
+    engine = load_engine(RUN.backend)(RUN.model)
+    samples = list(language_modeling.measure(RUN, engine))
+    keeper.remove()
+    return keeper.folder, engine, samples
+
+
+def settings_of(**values):
+    suite = {"name": "language_modeling", "num_steps": STEPS, "batch_size": 2, "seq_len": 16,
+             "num_held_out_batches": 2, "activation_checkpointing": False, "num_devices": 1,
+             "rounds": 1, "seeds": [0, 1, 2]}  # fmt: skip
+    return {
+        "suite": suite, "model": asdict(RUN.model), "kernels": {}, "data": asdict(RUN.data),
+        "optimizer": {}, "dtype": "float32", "device_kind": "cpu", "backend": "jax",
+    } | values  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_from_a_checkpoint_measures_what_its_training_did(left, backend):
+    folder, engine, samples = left
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    (run,) = plan.expand(settings_of(checkpoint=str(folder), backend=backend))
+    assert (run.workload.num_steps, run.workload.phase) == (0, "evaluate")
+    other = load_engine(backend)(run.model, seed=9)
+    again = list(language_modeling.measure(run, other))
+    for name, value in engine.parameters().items():
+        np.testing.assert_array_equal(other.parameters()[name], value)
+    found, expected = (
+        {(s.metric, s.at): s.value for s in made if s.metric.startswith(("loss", "bits"))}
+        for made in (again, samples)
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not any(sample.metric == "train_loss" for sample in again)
+
+
+def test_a_run_is_known_by_what_its_checkpoint_holds(left, tmp_path):
+    folder, engine, _ = left
+    (run,) = plan.expand(settings_of(checkpoint=str(folder)))
+    assert Run.from_json(json.loads(json.dumps(run.to_json()))) == run
+    (without, *_) = plan.expand(settings_of())
+    assert without.run_id != run.run_id
+    assert "checkpoint" not in without.to_json()  # runs from before keep their ids
+    (trains_otherwise,) = plan.expand(
+        settings_of(checkpoint=str(folder), optimizer={"learning_rate": 1.0})
+    )
+    assert trains_otherwise.run_id == run.run_id
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert next(plan.expand(settings_of(checkpoint=str(moved)))).run_id == run.run_id
+    values = engine.parameters()
+    values["final_norm.scale"] = values["final_norm.scale"] + 1
+    parameters.save(moved / "model.safetensors", values)
+    (changed,) = plan.expand(settings_of(checkpoint=str(moved)))
+    assert {changed.run_id, changed.cell_id}.isdisjoint({run.run_id, run.cell_id})
+
+
+def test_a_checkpoint_that_has_changed_since_the_plan_is_not_measured(left):
+    folder, engine, _ = left
+    (run,) = plan.expand(settings_of(checkpoint=str(folder)))
+    values = engine.parameters()
+    values["final_norm.scale"] = values["final_norm.scale"] + 1
+    parameters.save(folder / "model.safetensors", values)
+    with pytest.raises(ValueError, match="has changed since this run was planned"):
+        list(language_modeling.measure(run, engine))
+
+
+def test_what_is_no_checkpoint_or_another_models_is_named(left, tmp_path):
+    folder, _, _ = left
+
+    def refused(settings, message):
+        with pytest.raises(ValueError, match=message):
+            list(plan.expand(settings))
+
+    refused(settings_of(checkpoint=str(tmp_path / "none")), "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(settings_of(checkpoint=str(tmp_path / "empty")), r"has no config\.json")
+    wide = asdict(replace(RUN.model, d_mlp=RUN.model.d_mlp * 2, window_size=7))
+    refused(
+        settings_of(checkpoint=str(folder), model=wide), "another model: it has d_mlp=.* 1 more"
+    )
+    suite = {"name": "parity"}
+    refused(settings_of(checkpoint=str(folder), suite=settings_of()["suite"] | suite), "parity")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text("[]")
+    refused(settings_of(checkpoint=str(folder)), r"config\.json is no model's")
+    (folder / "config.json").write_text(config)
+    whole = (folder / "model.safetensors").read_bytes()
+    for torn in (whole[:-1], whole[:100], b""):
+        (folder / "model.safetensors").write_bytes(torn)
+        refused(settings_of(checkpoint=str(folder)), "torn or no safetensors")
+
+
+def test_nothing_is_left_where_nobody_asked_for_it(keep, monkeypatch):
+    monkeypatch.delenv(trained_parameters.KEEP_VARIABLE, raising=False)
+    keeper = keep()
+    list(language_modeling.measure(RUN, load_engine(RUN.backend)(RUN.model)))
+    assert keeper.path.exists()
+    keeper.remove()
+    assert not keeper.folder.exists()

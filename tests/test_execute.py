@@ -308,6 +308,21 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_was_not(stub):
     assert not (stub / "checkpoints" / run.run_id).exists()
 
 
+def test_the_record_of_a_killed_training_keeps_its_curve_as_far_as_it_was_saved(stub):
+    run = train_run(1000)
+    cluster = Cluster(name="here", executor="local", run_limit_s=4.0, checkpoint_s=0.1)
+    sweep(stub, [without_block(stub, run)], cluster)
+    (record,) = read_all(stub)
+    assert (record.outcome, record.phase) == ("timed_out", "measure")
+    curve = [(s.at, s.value) for s in record.samples]
+    assert len(curve) > 5
+    assert [at for at, _ in curve] == list(range(1, len(curve) + 1))
+    value = 0.0
+    for step, loss in curve:
+        value = value * 1.1 + step
+        assert loss == value
+
+
 @pytest.mark.parametrize("what", ["train", "repeat"])
 def test_a_run_that_is_told_to_stop_ends_as_preempted(stub, what):
     run = train_run(1000) if what == "train" else stub_run("repeat")
@@ -380,6 +395,7 @@ def test_a_running_child_says_how_far_it_is(stub):
     assert said["attempt"] == task.attempt
     assert (said["phase"], said["total"]) == ("measure", 1000)
     assert 20 < said["done"] < 100
+    assert said["loss"] > said["done"]  # the last one: it grows faster than steps do
     assert said["since"].endswith("+00:00")
 
 

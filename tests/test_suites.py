@@ -4,6 +4,7 @@ A fake engine with a clock of its own makes every time exact; real engines then 
 once, very small.
 """
 
+import json
 import math
 from collections import Counter
 from importlib import import_module
@@ -18,7 +19,7 @@ from implementations import cost
 from implementations.config import build
 from implementations.engine import IGNORED, OptimizerConfig, load_engine
 from suites import decode_throughput, language_modeling
-from suites.harness import data, measure
+from suites.harness import data, measure, train
 from suites.harness.measure import Diverged, InvalidMeasurement
 from suites.harness.run import DataConfig, Run
 
@@ -326,6 +327,24 @@ def test_language_modeling_scores_every_target_once(monkeypatch):
         np.testing.assert_allclose(values_of(samples, "bits_per_byte"), [expected])
     assert (4, 4) in heard
     assert heard[-1][0] == heard[-1][1]  # evaluation says so too
+
+
+def test_a_running_training_says_its_last_loss(monkeypatch, tmp_path):
+    """Also of a step between two points of its curve."""
+    said, say = [], measure.progress
+    monkeypatch.setattr(train, "progress", lambda *at: (said.append(at), say(*at)))
+    measure.begin(tmp_path / "phase.json")
+    try:
+        engine = FakeEngine(monkeypatch)
+        losses = iter(range(100, 300))
+        engine.train_step = lambda batch: float(next(losses))
+        samples_of(run_of("language_modeling", num_steps=150), engine)
+        measure.phase("write")
+        kept = json.loads((tmp_path / "phase.json").read_text())
+    finally:
+        measure.begin(None)
+    assert said[:4] == [(1, 150, None), (2, 150, None), (3, 150, 101.0), (4, 150, 101.0)]
+    assert kept["loss"] == 248.0  # steps 148 to 150
 
 
 def test_loss_by_position_is_bucketed_by_powers_of_two():

@@ -11,10 +11,10 @@ over all of that.
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from implementations.engine import Engine
-from suites.harness import measure, provenance, stop
+from suites.harness import measure, provenance, stop, trained
 from suites.harness.record import Sample, sync_folder
 from suites.harness.run import Run
 
@@ -96,8 +96,23 @@ class Keeper:
         notes = {"checkpoint_notes": self.notes} if self.notes else {}
         return {"segments": [*self.segments, self._segment()]} | notes
 
+    def keep_parameters(self, engine: Engine) -> None:
+        """Where that was asked for; they stay when the run is over."""
+        if not self.saves:
+            return
+        try:
+            with measure.counted_as("write"):
+                trained.keep(self.folder, engine)
+        except OSError as error:  # what they are worth as a result is still to be measured
+            self.notes.append(f"trained parameters could not be kept: {error.strerror}")
+
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """All that is for going on."""
+        for path in (self.path, *self.folder.glob(".tmp-*")):
+            with suppress(OSError):
+                path.unlink()
+        with suppress(OSError):  # trained parameters are kept in it, or it is not there
+            self.folder.rmdir()
 
     @property
     def _code(self) -> str:
@@ -153,6 +168,12 @@ def resume(engine: Engine) -> tuple[int, list[Sample], list[float]]:
     return _keeper.resume(engine) if _keeper else (0, [], [])
 
 
+def keep_parameters(engine: Engine) -> None:
+    """Called after training."""
+    if _keeper:
+        _keeper.keep_parameters(engine)
+
+
 def save_if_due(
     engine: Engine, step: int, samples: Iterable[Sample], losses: Iterable[Any]
 ) -> None:
@@ -186,6 +207,16 @@ def write(path: Path, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> No
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def curve(store: Path, run_id: str) -> tuple[Sample, ...]:
+    """What was sampled of a run until its last checkpoint, for the record of one that was killed.
+    Of the file its head alone is read: the arrays may be large."""
+    try:
+        with (store / "checkpoints" / run_id / "checkpoint").open("rb") as file:
+            return tuple(Sample(**values) for values in json.loads(file.readline())["samples"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        return ()
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

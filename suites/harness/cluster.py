@@ -31,6 +31,7 @@ class Cluster:
     device_kinds: tuple[str, ...] = ("cpu",)
     run_limit_s: float = 3600.0  # of one run
     checkpoint_s: float = 300.0  # between two checkpoints of a quality run
+    keeps_parameters: bool = False  # that were trained, in STORE/checkpoints/RUN_ID
 
     runs_per_job: int = 1  # blocks of timing runs count as one; more where a limit demands it
     runs_in_parallel: int = 1  # within a job, each on devices and cores of its own

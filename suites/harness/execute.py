@@ -242,13 +242,14 @@ def times_of_killed(store: Path, task: Task, seconds: float) -> dict[str, float]
 
 
 def running_progress(store: Path, run_id: str) -> dict[str, Any] | None:
-    """{attempt, phase, done, total, since} of a run that is running; None where none says so."""
+    """{attempt, phase, done, total, loss, since} of a run that is running; None where none says
+    so."""
     prefix = ".phase-"
     for path in sorted((store / "runs" / run_id).glob(f"{prefix}*.json"), reverse=True):
         attempt = path.stem.removeprefix(prefix)
         if not record_path(store, run_id, attempt).exists() and (said := _said(path)):
-            keys = ("phase", "done", "total", "since")
-            return {"attempt": attempt} | {key: said[key] for key in keys}
+            keys = ("phase", "done", "total", "loss", "since")
+            return {"attempt": attempt} | {key: said.get(key) for key in keys}
     return None
 
 

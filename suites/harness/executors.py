@@ -23,6 +23,7 @@ from suites.harness.checkpoint import INTERVAL_S, INTERVAL_VARIABLE
 from suites.harness.devices import devices_environment
 from suites.harness.measure import STARTED_VARIABLE
 from suites.harness.run import Run
+from suites.harness.trained import KEEP_VARIABLE
 
 TENSORS_VARIABLE = "AERIE_TENSORS"  # where a run may leave its tensors: suites/parity.py does
 NOT_INHERITED = (
@@ -82,6 +83,7 @@ class Local:
     num_slots: int = 1
     python: dict[str, str] = field(default_factory=dict)  # backend -> interpreter
     checkpoint_s: float = INTERVAL_S  # between two checkpoints of a quality run
+    keeps_parameters: bool = False
     _children: dict[str, _Child] = field(default_factory=dict)
     _logs: dict[str, Path] = field(default_factory=dict)
 
@@ -106,6 +108,7 @@ class Local:
                 | {
                     TENSORS_VARIABLE: str(log.with_suffix(".npz")),
                     INTERVAL_VARIABLE: str(self.checkpoint_s),
+                    KEEP_VARIABLE: "1" if self.keeps_parameters else "",
                     STARTED_VARIABLE: repr(time.monotonic()),  # one clock for all processes here
                 },
                 start_new_session=True,  # Ctrl-C is ours to pass on

@@ -54,6 +54,7 @@ class _Place:
     times: dict[str, float] = field(default_factory=dict)  # seconds, by phase
     done: int | None = None
     total: int | None = None
+    loss: float | None = None  # the last of training
     said: float = 0.0
 
 
@@ -98,9 +99,11 @@ def times() -> dict[str, float]:
     return dict(_place.times)
 
 
-def progress(done: int, total: int) -> None:
-    """Says how far the run is, to its file now and then, and to whoever listens."""
+def progress(done: int, total: int, loss: float | None = None) -> None:
+    """Says how far the run is, to its file now and then, and to whoever listens; with the training
+    loss where there is a new one."""
     _place.done, _place.total = done, total
+    _place.loss = _place.loss if loss is None else loss
     if time.monotonic() - _place.said > SAY_S:
         _say()
     if _progress is not None:
@@ -124,7 +127,7 @@ def _say() -> None:
     if _place.file is None:
         return
     _place.said = time.monotonic()
-    values = {key: getattr(_place, key) for key in ("phase", "done", "total", "since")}
+    values = {key: getattr(_place, key) for key in ("phase", "done", "total", "loss", "since")}
     values["times"] = {key: round(seconds, 3) for key, seconds in _place.times.items()}
     with suppress(OSError):  # a disk that is full stops no run
         descriptor = os.open(_place.file, os.O_WRONLY | os.O_CREAT, 0o666)

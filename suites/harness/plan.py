@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from implementations import cost
 from implementations.config import ModelConfig, build, choose
 from implementations.engine import TPUS, Kernels, OptimizerConfig, check_dtype, unsupported
-from suites.harness import provenance, tasks, topology
+from suites.harness import provenance, tasks, topology, trained
 from suites.harness.costs import work_costs
 from suites.harness.record import PASSES
 from suites.harness.run import DataConfig, Run, Suite, Workload
@@ -26,6 +26,7 @@ NEW, FINISHED_REASON = "new", "finished"
 CUT_OFF = ("preempted", "node_failure", "timed_out", "cancelled")  # ends that may end a sweep
 WITH_ITS_BLOCK = "its block was interrupted"
 NOT_NEEDED = "not needed"  # such reasons say so: see rounds.py
+NOT_OF_QUALITY = ("parity", "compile")  # suites that are not timed either
 CONTEXT = 4096  # of the cache that is shown for runs that decode nothing
 
 
@@ -121,12 +122,20 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
         )
     if suite.rounds < 1 or not suite.seeds:
         raise ValueError(f"suite={name}: rounds and seeds must not be empty.")
+    start = None
+    if settings.get("checkpoint") is not None:
+        if kind.is_timing or name in NOT_OF_QUALITY:
+            raise ValueError(
+                f"checkpoint={settings['checkpoint']}: suite={name} measures no quality; a "
+                "checkpoint is for suites that do, like language_modeling."
+            )
+        start = trained.find(str(settings["checkpoint"]), model)
     for workload in suite.workloads():
         if workload.topology is not None:
             device_kind = topology.check(workload.topology, settings, kernels)
         for round_ in range(suite.rounds):
-            for seed in suite.seeds:
-                yield Run(
+            for seed in suite.seeds[:1] if start else suite.seeds:  # it was trained with one
+                run = Run(
                     suite=name,
                     model=model,
                     backend=settings["backend"],
@@ -139,6 +148,7 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
                     seed=seed,
                     round=round_,
                 )
+                yield run if start is None else trained.started(run, start)
 
 
 def _check_data(suite: Suite, name: str, data: DataConfig) -> None:

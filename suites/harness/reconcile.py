@@ -12,7 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suites.harness import claims, launch, plan, provenance, rounds, slurm, states, submission
+from suites.harness import (
+    checkpoint,
+    claims,
+    launch,
+    plan,
+    provenance,
+    rounds,
+    slurm,
+    states,
+    submission,
+)
 from suites.harness.execute import (
     Task,
     began,
@@ -372,6 +382,7 @@ def _write(store: Path, task: Task, outcome: str, reason: str) -> None:
         reason=reason,
         phase=last_phase(store, task),
         provenance={"device_kind": task.run.device_kind, **task.owner},
+        samples=checkpoint.curve(store, task.run.run_id),
         started_at=start.isoformat(timespec="seconds"),
         seconds=seconds,
         times=times_of_killed(store, task, seconds),

@@ -74,6 +74,14 @@ class DataConfig:
     num_items: int = 0  # of a task: what an example asks for; 0 where there is no such count
 
 
+@dataclass(frozen=True)
+class Start:
+    """Trained parameters that a run evaluates: where they lie, and what they hold."""
+
+    path: str
+    digest: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One cell, one seed, one round: one process. run_id hashes all of it."""
@@ -89,23 +97,31 @@ class Run:
     device_kind: str = "cpu"
     seed: int = 0
     round: int = 0
+    checkpoint: Start | None = None  # the run starts from its parameters, and does not train
 
     @cached_property
     def run_id(self) -> str:
         """12 hexadecimal digits: the same settings, the same id, on every machine."""
-        return _digest(self.to_json())
+        return _digest(self._identity())
 
     @cached_property
     def cell_id(self) -> str:
         """The id of everything but seed and round."""
-        values = self.to_json()
+        values = self._identity()
         return _digest({k: v for k, v in values.items() if k not in ("seed", "round")})
+
+    def _identity(self) -> dict[str, Any]:
+        """A checkpoint is what it holds, wherever it lies."""
+        values = self.to_json()
+        return values | ({"checkpoint": self.checkpoint.digest} if self.checkpoint else {})
 
     def to_json(self) -> dict[str, Any]:
         values = json.loads(json.dumps(asdict(self)))
         for name in ("levels", "topology", "op", "eval_seq_len", "chunk_len", "length_buckets"):
             if not getattr(self.workload, name):  # a question of few: others keep their ids
                 del values["workload"][name]
+        if self.checkpoint is None:
+            del values["checkpoint"]
         if self.workload.num_devices == 1:
             del values["workload"]["num_devices"]
         if not self.workload.num_examples:  # a question of tasks alone
@@ -129,6 +145,8 @@ class Run:
             "data": DataConfig,
             "optimizer": OptimizerConfig,
         }
+        if "checkpoint" in values:
+            nested["checkpoint"] = Start
         parts = {key: build(kind, values[key], key) for key, kind in nested.items()}
         return cls(**(values | parts))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from implementations.engine import Unsupported
-from suites.harness import claims, plan, provenance, rounds
+from suites.harness import checkpoint, claims, plan, provenance, rounds
 from suites.harness.cluster import Cluster
 from suites.harness.execute import (
     Task,
@@ -157,7 +157,11 @@ def sweep(
     several at once. `proven` ran out of memory before. `watch` is called at every look, a few times
     a second, and may stop all; without it Ctrl-C and SIGTERM do."""
     executor = executor or Local(
-        store, cluster.runs_in_parallel, dict(cluster.python), cluster.checkpoint_s
+        store,
+        cluster.runs_in_parallel,
+        dict(cluster.python),
+        cluster.checkpoint_s,
+        cluster.keeps_parameters,
     )
     proven = [] if proven is None else proven
     session = os.urandom(3).hex()  # rounds are paired within one sweep
@@ -376,6 +380,7 @@ def _killed(store: Path, job: _Running, outcome: str, reason: str) -> Record:
         reason=reason,
         phase=last_phase(store, job.task),
         provenance=seen(job.task.run) | job.task.found,
+        samples=checkpoint.curve(store, job.task.run.run_id),
         started_at=job.started_at,
         seconds=seconds,
         times=times_of_killed(store, job.task, seconds),

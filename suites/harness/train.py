@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from implementations.engine import Batch, Engine
-from suites.harness import checkpoint
+from suites.harness import checkpoint, trained
 from suites.harness.measure import Diverged, phase, progress, sample
 from suites.harness.record import Sample
 from suites.harness.run import Run
@@ -26,14 +26,19 @@ def train(
     probe: Callable[[int], Iterable[Sample]] | None = None,
 ) -> Generator[Sample, None, list[Sample]]:
     """Trains for run.workload.num_steps, on batches(first step, from 0). Yields the training curve
-    and, at each of its points, what probe(steps done) has to say; returns all of them."""
+    and, at each of its points, what probe(steps done) has to say; returns all of them. A run that
+    starts from a checkpoint has been trained: it has no curve."""
     work = run.workload
+    if run.checkpoint is not None:
+        trained.load(run, engine)
+        return []
     engine.start_training(run.optimizer, activation_checkpointing=work.activation_checkpointing)
     done, curve, pending = checkpoint.resume(engine)  # pending: losses still on the device
     yield from curve
 
     phase("compile")
     interval = max(1, work.num_steps // NUM_TRAIN_SAMPLES)
+    loss = next((point.value for point in reversed(curve) if point.metric == "train_loss"), None)
     for step, batch in zip(range(done + 1, work.num_steps + 1), batches(done), strict=False):
         pending.append(engine.train_step(batch))
         if step == done + 1:
@@ -45,13 +50,15 @@ def train(
                 finite(float(loss), f"training step {number}")
                 for number, loss in enumerate(pending, start=first)
             ]
-            point = [sample("train_loss", np.mean(losses), at=step)]
+            loss = float(np.mean(losses))
+            point = [sample("train_loss", loss, at=step)]
             point += probe(step) if probe else []
             curve += point
             yield from point
             pending = []
-        progress(step, work.num_steps)
+        progress(step, work.num_steps, loss)
         checkpoint.save_if_due(engine, step, curve, pending)
+    checkpoint.keep_parameters(engine)
     return curve
 
 
