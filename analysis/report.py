@@ -24,6 +24,7 @@ from analysis import (
     figures,
     formats,
     latex,
+    lengths,
     page,
     recall,
     remember,
@@ -77,7 +78,7 @@ def sections(
     claimed = claims.table(frame, is_whole=is_of_paper)
     told = [Section("claims", claimed.title, [claimed])] if claimed.rows else []
     brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
-    bounds = tables.bounds(frame)
+    bounds, domains = tables.bounds(frame), lengths.table(frame)
     peaks = tables.peaks(frame)
     tasks = recall.table(frame)
     answered = downstream.table(frame)
@@ -92,6 +93,7 @@ def sections(
         *([Section("recall", tasks.title, [tasks])] if tasks.rows else []),
         *([Section("downstream", answered.title, [answered])] if answered.rows else []),
         *([Section("ablations", "Ablations", ablations)] if ablations else ()),
+        *([Section("lengths", domains.title, [domains])] if domains.rows else ()),
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
         *(() if is_of_paper else told),
         Section("parity", "Parity", [tables.parity(frame)]),

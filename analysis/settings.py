@@ -132,7 +132,7 @@ def _numbered(table: pd.DataFrame) -> pd.DataFrame:
 
 def is_shrinking(by: str, suite: str) -> bool:
     """Whether batches shrink as this setting grows: a training step has always as many tokens."""
-    return by == "seq_len" and suite == "training_speed"
+    return by == "seq_len" and suite in ("training_speed", "length_extrapolation", "length_domains")
 
 
 @remembered

@@ -15,15 +15,19 @@ HEADLINES = {
     "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
     "recall": ("accuracy_over_lengths", "accuracy_by_length"),
     "downstream": ("accuracy",),
+    "length_extrapolation": ("loss_beyond", "loss"),
+    "length_domains": ("loss", "num_passes"),
 }  # fmt: skip
 SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s", "op_time_ms",
           "mfu", "mbu", "init_time_s", "compile_time_s", "first_step_time_ms")  # fmt: skip
 TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
          "op_time_ms")  # fmt: skip
 # compared by difference, not by ratio
-QUALITIES = ("bits_per_byte", "loss", "train_loss", "accuracy", "accuracy_over_lengths",
-             "accuracy_by_length")  # fmt: skip
-CURVES = ("train_loss", "loss_by_position")  # one value for each `at`
+QUALITIES = ("bits_per_byte", "loss", "train_loss", "loss_beyond", "accuracy",
+             "accuracy_over_lengths", "accuracy_by_length")  # fmt: skip
+# one value for each `at`
+CURVES = ("train_loss", "loss_by_position", "loss_up_to", "loss_by_length", "loss_error",
+          "num_documents")  # fmt: skip
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 
 

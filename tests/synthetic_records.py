@@ -294,3 +294,34 @@ def recall(
     return record("recall", family, backend, samples=tuple(samples), seed=seed, phase="train",
                   seq_len=seq_len, num_steps=num_steps, data=data,
                   model={"size": size} | rest.pop("model", {}), **rest)  # fmt: skip
+
+
+def extrapolated(family: str, backend: str, seed: int = 0, seq_len: int = 128) -> Record:
+    """MQA's loss rises beyond its training length, the others' goes on falling."""
+    rng = np.random.default_rng([len(family), len(backend), seed, seq_len])
+    rise = {"mqa": 0.5, "hawk": 0.01, "griffin": -0.02}[family]
+    samples = [sample("loss", 1.9), sample("loss_beyond", 1.9 + rise)]
+    for at in (0, 1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448):
+        loss = 1.8 + 2 / (1 + at) + rise * max(0, np.log2((at + 1) / seq_len))
+        samples += [sample("loss_by_position", loss + rng.normal(0, 0.01), at=at),
+                    sample("loss_error", 0.05, at=at),
+                    sample("num_documents", 20, at=at)]  # fmt: skip
+    return record("length_extrapolation", family, backend, samples=tuple(samples), seed=seed,
+                  seq_len=seq_len, num_steps=200, eval_seq_len=512)  # fmt: skip
+
+
+def domain(family: str, backend: str, seed: int, trained: int, penalty: float = 0.1) -> Record:
+    """`penalty` nats for each octave between the bucket that was trained and that evaluated."""
+    rng = np.random.default_rng([len(family), len(backend), seed, trained])
+    samples = [sample("num_passes", 2.0)]
+    for number, evaluated in enumerate((256, 512, 1024)):
+        octaves = abs(np.log2(trained / evaluated))
+        loss = 2.4 - 0.1 * number + 0.05 * seed + penalty * octaves + rng.normal(0, 0.002)
+        samples += [sample("loss_by_length", loss, at=evaluated),
+                    sample("loss_error", 0.04, at=evaluated),
+                    sample("num_documents", 30, at=evaluated)]  # fmt: skip
+        if evaluated == trained:
+            samples.append(sample("loss", loss))
+    return record("length_domains", family, backend, samples=tuple(samples), seed=seed,
+                  seq_len=trained, batch_size=4096 // trained, num_steps=200,
+                  length_buckets=[128, 256, 512, 1024])  # fmt: skip

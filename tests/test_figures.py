@@ -27,6 +27,9 @@ def frame():
     for family, backend in product(FAMILIES, BACKENDS):
         made += [parity(family, backend), modeling(family, backend)]
         made += [synthetic.recall(family, backend, seed) for seed in (0, 1)]
+        made += [synthetic.extrapolated(family, backend, seed) for seed in (0, 1)]
+        made += [synthetic.domain(family, backend, seed, trained)
+                 for seed in (0, 1) for trained in (256, 512, 1024)]  # fmt: skip
         for round in range(2):
             for n in (512, 1024, 2048):
                 made.append(

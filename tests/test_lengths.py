@@ -9,8 +9,8 @@ import pytest
 from conftest import BACKENDS, tiny
 
 from implementations.engine import IGNORED, OptimizerConfig, load_engine
-from suites import length_domains, length_extrapolation
-from suites.harness import data, documents, train
+from suites import compose, length_domains, length_extrapolation
+from suites.harness import data, documents, plan, train
 from suites.harness.data import Corpus
 from suites.harness.run import DataConfig, Run
 
@@ -298,3 +298,23 @@ def test_a_loss_that_is_not_finite_has_diverged(corpus):
     run = run_of("length_domains", DOMAINS)
     with pytest.raises(train.Diverged, match="evaluation at length 8"):
         list(length_domains.measure(run, Known(lambda target, position: target * np.nan)))
+
+
+# Experiments.
+
+
+def runs_of(*overrides):
+    request = compose.read(overrides)
+    return [run for settings in request.settings for run in plan.expand(settings)]
+
+
+@pytest.mark.parametrize("name", ["length_extrapolation", "sequence_lengths", "length_domains"])
+def test_an_experiment_asks_every_family_with_three_seeds_at_both_scales(name):
+    assert compose.read([f"experiment={name}"]).question.endswith("?")
+    for scale, kind, size in (([], "h100", "100m"), (["scale=cpu"], "cpu", "tiny")):
+        runs = runs_of(f"experiment={name}", *scale)
+        assert {(run.device_kind, run.model.size) for run in runs} == {(kind, size)}
+        assert {run.model.family for run in runs} >= {"mqa", "hawk", "griffin"}
+        quality = [run for run in runs if run.suite.startswith("length")]
+        assert {run.seed for run in quality} == {0, 1, 2}
+        assert len({run.workload.batch_size * run.workload.seq_len for run in quality}) == 1

@@ -18,6 +18,7 @@ from analysis.figures.decoding import (
 from analysis.figures.frameworks import framework_ratios
 from analysis.figures.gates import gate_behaviour
 from analysis.figures.kernels import kernel_speed, relative_scan_time, roofline
+from analysis.figures.lengths import length_domains
 from analysis.figures.memory import memory_frontier, peak_memory
 from analysis.figures.parity import parity_by_layer, parity_error, training_parity
 from analysis.figures.quality import learning_curves, loss_by_position, scaling, window_sizes
@@ -30,8 +31,9 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
         relative_step_time, training_throughput, step_time_by_scan, prefill_latency,
         latency_by_tokens, decode_latency, throughput_by_tokens, decode_throughput,
         framework_ratios, roofline, kernel_speed, relative_scan_time, learning_curves, scaling,
-        loss_by_position, window_sizes, accuracy_by_step, accuracy_by_length, gate_behaviour,
-        memory_frontier, peak_memory, parity_error, parity_by_layer, training_parity,
+        loss_by_position, length_domains, window_sizes, accuracy_by_step, accuracy_by_length,
+        gate_behaviour, memory_frontier, peak_memory, parity_error, parity_by_layer,
+        training_parity,
     )
 }  # fmt: skip
 MOST_SERIES = 12  # that a description names

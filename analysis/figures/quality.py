@@ -7,13 +7,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import derive, power_law, style
+from analysis import derive, power_law, statistics, style
 from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
 SUITE = "language_modeling"
+EXTRAPOLATION = "length_extrapolation"
 SMOOTHED = 40  # parts of a run: the window of a learning curve's median
 MAX_BINS = 24
+MAX_POSITIONS = 64  # that are drawn as they are
 
 
 def learning_curves(frame: pd.DataFrame) -> Figure | None:
@@ -34,22 +36,40 @@ def learning_curves(frame: pd.DataFrame) -> Figure | None:
 
 def loss_by_position(frame: pd.DataFrame) -> Figure | None:
     """Held-out loss by position in the document, the length of training sequences marked; where
-    positions are many, in 24 log-spaced bins."""
-    rows = drawing.summary(frame, SUITE, "loss_by_position", at=True)
-    if rows.empty:
+    positions are many, in 24 log-spaced bins. Beyond the training length a wide, pale band is the
+    95% interval over documents."""
+    parts = [drawing.summary(frame, suite, "loss_by_position", at=True)
+             for suite in (SUITE, EXTRAPOLATION)]  # fmt: skip
+    parts = [part for part in parts if not part.empty]
+    if not parts:
         return None
+    rows = pd.concat(parts, ignore_index=True)
+    rows["half"] = _half_of_documents(frame, rows)
     rows["at"] = rows["at"] + 1  # positions count from 0; a log axis from 1
-    if rows["at"].nunique() > 32:
+    if rows["at"].nunique() > MAX_POSITIONS:
         edges = np.unique(np.geomspace(1, rows["at"].max() + 1, MAX_BINS + 1).round())
         rows["bin"] = np.digitize(rows["at"], edges)
-        numbers = ["at", "value", "low", "high"]
+        numbers = ["at", "value", "low", "high", "half"]
         kept = [name for name in rows if name not in numbers]
         means = rows.groupby(["cell_id", "bin"], sort=False)[numbers].mean()
         rows = rows[kept].drop_duplicates(["cell_id", "bin"])
         rows = rows.merge(means.reset_index(), on=["cell_id", "bin"])
     label = METRICS["loss_by_position"].label
     return drawing.lines(rows, "at", "Position in the document, from 1", label, is_curve=True,
+                         panel=[*drawing.PANEL, "suite"],
                          decorate=_mark_training_length)  # fmt: skip
+
+
+def _half_of_documents(frame: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
+    """Half the interval over documents of each row; NaN where nobody asked them."""
+    found = [
+        drawing.summary(frame, EXTRAPOLATION, metric, at=True).set_index(["cell_id", "at"])["value"]
+        for metric in ("loss_error", "num_documents")
+    ]
+    places = pd.MultiIndex.from_frame(rows[["cell_id", "at"]])
+    error, n = (values.reindex(places).to_numpy(dtype=float) for values in found)
+    n = np.where(n > 1, n, np.nan)
+    return statistics.student_half_width(n, error * np.sqrt(n))
 
 
 def scaling(frame: pd.DataFrame) -> Figure | None:
@@ -166,6 +186,11 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
 
 
 def _mark_training_length(axes: Axes, part: pd.DataFrame) -> None:
+    for (family, backend), _, line in drawing.line_groups(part, "at"):
+        line = line.sort_values("at")
+        at, value, half = (line[name].to_numpy(dtype=float) for name in ("at", "value", "half"))
+        axes.fill_between(at, value - half, value + half, alpha=0.07, linewidth=0,
+                          color=style.line(family, backend)["color"])  # fmt: skip
     for seq_len in sorted(part["seq_len"].dropna().unique()):
         axes.axvline(float(seq_len), color=style.GRID, linestyle=":", linewidth=1.3,
                      label=f"Trained at {seq_len:,.0f} tokens")  # fmt: skip

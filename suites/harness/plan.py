@@ -101,8 +101,6 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
     model = build(ModelConfig, settings["model"], "model")
     kernels = build(Kernels, settings["kernels"], "kernels")
     data = data_config(settings)
-    if hasattr(suite, "check_data"):
-        suite.check_data(data)
     if getattr(kind, "needs_checkpoint", False) and settings.get("checkpoint") is None:
         raise ValueError(f"suite={name} asks a trained model; name its folder: checkpoint=DIR.")
     optimizer = build(OptimizerConfig, settings["optimizer"], "optimizer")

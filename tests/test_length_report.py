@@ -1,0 +1,100 @@
+"""What analysis says of lengths: the matrix of buckets, and bands over documents."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PolyCollection
+from synthetic_records import domain, extrapolated
+
+from analysis import figures, lengths, report, statistics, style
+from analysis.load import frame_of
+
+TRAINED = (256, 512, 1024)
+SEEDS = (0, 1, 2)
+
+
+def frame_of_domains(penalty=0.1, seeds=SEEDS, trained=TRAINED):
+    made = [domain("griffin", "jax", seed, n, penalty) for seed in seeds for n in trained]
+    return frame_of(made)
+
+
+def places(found):
+    return {(row["trained"], row["evaluated"]): row for row in found.to_dict("records")}
+
+
+def test_the_penalty_is_paired_by_seed_within_an_evaluated_bucket():
+    """Seeds differ by 0.05 nats, which the pairs do not see; buckets by 0.1, which they do not."""
+    found = places(lengths.domains(frame_of_domains()))
+    assert len(found) == 9
+    for (trained, evaluated), row in found.items():
+        octaves = abs(np.log2(trained / evaluated))
+        assert row["num_seeds"] == 3
+        assert row["loss"] == pytest.approx(
+            2.45 - 0.1 * TRAINED.index(evaluated) + 0.1 * octaves, abs=0.01
+        )
+        if trained == evaluated:
+            assert np.isnan(row["penalty"])
+            assert pd.isna(row["verdict"])
+        else:
+            assert row["penalty"] == pytest.approx(0.1 * octaves, abs=0.01)
+            assert row["verdict"] == "worse"
+            assert row["penalty_low"] < 0.1 * octaves < row["penalty_high"]
+            assert row["penalty_high"] - row["penalty_low"] < 0.05
+
+
+def test_a_penalty_that_is_not_there_is_not_resolved_and_says_what_would_be():
+    found = places(lengths.domains(frame_of_domains(penalty=0.0)))
+    verdicts = [row["verdict"] for place, row in found.items() if place[0] != place[1]]
+    assert verdicts.count("not resolved") >= 5  # of 6, at 95%
+    table = lengths.table(frame_of_domains(penalty=0.0))
+    text = table.rows[1][-1]
+    assert text.startswith("not resolved (")
+    assert "nats/token would be" in text
+
+
+def test_what_has_no_partner_has_no_penalty():
+    found = places(lengths.domains(frame_of_domains(trained=(256, 512))))
+    assert np.isnan(found[256, 1024]["penalty"])
+    assert found[256, 512]["verdict"] == "worse"
+    alone = places(lengths.domains(frame_of_domains(seeds=(0,))))
+    (one,) = {row["verdict"] for place, row in alone.items() if place[0] != place[1]}
+    assert one == "1 of 2 seeds"
+
+
+def test_the_table_is_in_the_report_where_there_are_such_runs_alone():
+    def names(frame):
+        return [section.anchor for section in report.sections(frame, ())]
+
+    assert "lengths" in names(frame_of_domains())
+    assert "lengths" not in names(frame_of([extrapolated("mqa", "jax")]))
+
+
+def test_the_heat_map_has_a_panel_a_family_and_frames_the_own_bucket():
+    made = [domain(family, "jax", seed, n) for family in ("hawk", "mqa") for seed in SEEDS
+            for n in TRAINED]  # fmt: skip
+    with style.looks():
+        figure = figures.FIGURES["length_domains"](frame_of(made))
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert [title.split(",")[0] for title in titles] == ["MQA-Transformer", "Hawk"]
+    for axes in figure.axes:
+        assert len(axes.patches) == 3
+        texts = [text.get_text() for text in axes.texts]
+        assert len(texts) == 9
+        assert sum("+" in text for text in texts) == 6
+
+
+def test_the_band_over_documents_is_as_wide_as_their_standard_error():
+    made = [extrapolated("mqa", "jax", seed) for seed in SEEDS]
+    with style.looks():
+        figure = figures.FIGURES["loss_by_position"](frame_of(made))
+    (axes,) = figure.axes
+    bands = [item for item in axes.collections if isinstance(item, PolyCollection)]
+    assert len(bands) == 2  # over seeds, and over documents
+    (line,) = (line for line in axes.get_lines() if str(line.get_label()).startswith("MQA"))
+    middle = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    half = statistics.student_half_width(20, 0.05 * np.sqrt(20))
+    corners = bands[-1].get_paths()[0].vertices
+    for at in (2.0, 129.0, 449.0):
+        ends = corners[np.isclose(corners[:, 0], at), 1]
+        assert ends.max() == pytest.approx(middle[at] + half)
+        assert ends.min() == pytest.approx(middle[at] - half)
