@@ -115,7 +115,8 @@ def _accuracy(
 def _rows(frame: pd.DataFrame, metric: str, data: str) -> pd.DataFrame:
     rows = rows_of(frame, recall.SUITE, metric)
     rows = rows[rows["data"] == data]
-    items = [json.loads(text)["data"].get("num_items", 0) for text in rows["settings"]]
+    runs = derive.runs(frame).set_index("run_id")["settings"]
+    items = [json.loads(text)["data"].get("num_items", 0) for text in runs.reindex(rows["run_id"])]
     return rows.assign(num_items=items)
 
 

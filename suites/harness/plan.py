@@ -101,6 +101,7 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
     model = build(ModelConfig, settings["model"], "model")
     kernels = build(Kernels, settings["kernels"], "kernels")
     data = data_config(settings)
+    _check_data(suite, name, data)
     if getattr(kind, "needs_checkpoint", False) and settings.get("checkpoint") is None:
         raise ValueError(f"suite={name} asks a trained model; name its folder: checkpoint=DIR.")
     optimizer = build(OptimizerConfig, settings["optimizer"], "optimizer")
@@ -109,7 +110,6 @@ def expand(settings: dict[str, Any]) -> Iterator[Run]:
             f"model.vocab_size={model.vocab_size} is smaller than data={data.name} needs: "
             f"{data.vocab_size}."
         )
-    _check_data(suite, name, data)
     check_dtype(settings["dtype"])
     device_kind = settings["device_kind"]
     choose("device_kind", device_kind, provenance.DEVICE_KINDS, "settings")
