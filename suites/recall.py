@@ -8,15 +8,15 @@ its training length does it hold? `accuracy` is the share of examples whose whol
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
 from implementations import cost
 from implementations.engine import IGNORED, Batch, Engine, OptimizerConfig
-from suites.harness import checkpoint, tasks
+from suites.harness import checkpoint, tasks, train
 from suites.harness.measure import (
-    Diverged,
     available_memory_bytes,
     peak_memory_bytes,
     phase,
@@ -26,7 +26,6 @@ from suites.harness.measure import (
 from suites.harness.record import METRICS, Sample
 from suites.harness.run import DataConfig, Run, Workload
 
-NUM_LOOKS = 50  # at the accuracy, while training
 LOOKS_LEARNED = 3  # in succession without a mistake: the task is learned
 LEVELS = (90, 95)  # percent of accuracy whose first step is told; figure 6(a) has both
 
@@ -81,40 +80,17 @@ def batches(run: Run, start_step: int = 0) -> Iterator[Batch]:
 
 def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     work = run.workload
-    engine.start_training(run.optimizer, activation_checkpointing=work.activation_checkpointing)
 
-    done, curve, pending = checkpoint.resume(engine)  # pending: losses still on the device
-    yield from curve
+    def look(step: int) -> Iterator[Sample]:
+        whole, single = accuracies(run, engine, work.seq_len)
+        yield sample("accuracy", whole, at=step)
+        yield sample("token_accuracy", single, at=step)
 
-    phase("compile")
-    interval = max(1, work.num_steps // NUM_LOOKS)
-    given = batches(run, done)
-    step = done
-    while step < work.num_steps and not (work.stops_when_learned and is_learned(curve)):
-        pending.append(engine.train_step(next(given)))
-        step += 1
-        if step == done + 1:
-            engine.synchronize()
-            phase("measure")
-        if step % interval == 0 or step == work.num_steps:
-            losses = np.array([float(loss) for loss in pending])
-            if not np.isfinite(losses).all():
-                first = int(np.argmin(np.isfinite(losses)))
-                number = step - len(pending) + 1 + first
-                raise Diverged(f"the loss is {losses[first]} at training step {number}.")
-            whole, single = accuracies(run, engine, work.seq_len)
-            made = [
-                sample("train_loss", losses.mean(), at=step),
-                sample("accuracy", whole, at=step),
-                sample("token_accuracy", single, at=step),
-            ]
-            curve += made
-            yield from made
-            pending = []
-        progress(step, work.num_steps)
-        checkpoint.save_if_due(engine, step, curve, pending)
+    def is_enough(curve: list[Sample]) -> bool:
+        return work.stops_when_learned and is_learned(curve)
 
-    for level in LEVELS:
+    curve = yield from train.train(run, engine, partial(batches, run), look, is_enough)
+    for level in LEVELS if curve else ():
         yield _null("num_steps_to_accuracy", first_step(curve, level / 100), at=level)
     phase("evaluate")
     yield sample("num_examples", work.num_examples)
@@ -125,7 +101,7 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         for metric, value in zip(("accuracy", "token_accuracy"), found, strict=True):
             yield _null(f"{metric}_by_length", value, at=seq_len)
         progress(number, len(work.evaluated_seq_lens))
-        checkpoint.save_if_due(engine, step, curve, [])
+        checkpoint.save_if_due(engine, curve[-1].at if curve else 0, curve, [])
     if held:
         mean = None if None in held else float(np.mean(held))
         yield _null("accuracy_over_lengths", mean)

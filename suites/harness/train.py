@@ -24,10 +24,11 @@ def train(
     engine: Engine,
     batches: Callable[[int], Iterator[Batch]],
     probe: Callable[[int], Iterable[Sample]] | None = None,
+    is_enough: Callable[[list[Sample]], bool] = lambda curve: False,
 ) -> Generator[Sample, None, list[Sample]]:
-    """Trains for run.workload.num_steps, on batches(first step, from 0). Yields the training curve
-    and, at each of its points, what probe(steps done) has to say; returns all of them. A run that
-    starts from a checkpoint has been trained: it has no curve."""
+    """Trains for run.workload.num_steps, or until the curve is_enough, on batches(first step, from
+    0). Yields the training curve and, at each of its points, what probe(steps done) has to say;
+    returns all of them. A run that starts from a checkpoint has been trained: it has no curve."""
     work = run.workload
     if run.checkpoint is not None:
         trained.load(run, engine)
@@ -40,6 +41,8 @@ def train(
     interval = max(1, work.num_steps // NUM_TRAIN_SAMPLES)
     loss = next((point.value for point in reversed(curve) if point.metric == "train_loss"), None)
     for step, batch in zip(range(done + 1, work.num_steps + 1), batches(done), strict=False):
+        if is_enough(curve):
+            break
         pending.append(engine.train_step(batch))
         if step == done + 1:
             engine.synchronize()
