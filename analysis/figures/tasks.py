@@ -16,7 +16,7 @@ def accuracy_by_step(frame: pd.DataFrame) -> Figure | None:
     rows = recall.accuracies(frame, "accuracy")
     label = METRICS["accuracy"].label
     return drawing.lines(rows, "at", "Optimizer step", f"{label} (1)", is_log=False,
-                         limits=LIMITS)  # fmt: skip
+                         is_curve=True, limits=LIMITS)  # fmt: skip
 
 
 def accuracy_by_length(frame: pd.DataFrame) -> Figure | None:
