@@ -34,7 +34,7 @@ ALONG = {
 SHOWN = ("suite", "family", "size", "backend", "dtype", "device_kind", "data", "op", "work_phase",
          "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
          "optimizer.num_steps", "optimizer.num_warmup_steps", "model.pattern",
-         "repeats", "task", "task_digest")  # fmt: skip
+         "repeats", "task", "task_digest", "checkpoint.path")  # fmt: skip
 _OWN_NAMES = ("backend", "family", "size", "dtype", "device_kind", "data", "suite",
               *RESOLVED)  # fmt: skip
 _ABSENT = {"kernels.layers": "auto", "num_devices": "1"}  # what a run leaves out
@@ -110,7 +110,9 @@ def value_of(typed: str, measured: Iterable[str]) -> str:
 def shared(table: pd.DataFrame, by: str) -> pd.Series:
     """A number for each cell: equal where two cells differ in this setting at most, and in what
     changes along with it."""
-    free = {by, *RESOLVED, *ALONG.get(by, ())}
+    free = {by, *RESOLVED, *ALONG.get(by, ()), "checkpoint.path"}
+    if by in ("family", "size") or by.startswith("model."):
+        free.add("checkpoint.digest")  # another model has one of its own
     numbers = _numbered(table)
     kept = numbers[[name for name in numbers if name not in free]]
     is_step = np.array([is_shrinking(by, suite) for suite in table["suite"]], dtype=bool)

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from implementations.engine import Batch, Engine, OptimizerConfig
-from suites.harness import likelihood, lm_harness
+from suites.harness import likelihood, lm_harness, trained
 from suites.harness.measure import phase, sample
 from suites.harness.record import Sample
 from suites.harness.run import DataConfig, Run, Workload
@@ -99,6 +99,8 @@ class Suite:
 
 
 def measure(run: Run, engine: Engine) -> Iterator[Sample]:
+    if run.checkpoint is not None:
+        trained.load(run, engine)
     phase("evaluate")
     task, metric = asked(run)
     answers = lm_harness.ask(run, engine, task, metric)

@@ -17,7 +17,7 @@ from conftest import BACKENDS, tiny
 from implementations.config import build
 from implementations.engine import Batch, load_engine
 from suites import compose, downstream
-from suites.harness import data, lm_harness, plan
+from suites.harness import data, lm_harness, plan, trained
 from suites.harness.run import DataConfig, Run
 
 needs_lm_eval = pytest.mark.skipif(
@@ -186,6 +186,18 @@ def test_of_data_the_tokenizer_alone_is_looked_for():
     assert not plan.reads_corpus(settings)
     (settings,) = compose.read(["suite=language_modeling", "data=text"]).settings
     assert plan.reads_corpus(settings)
+
+
+def test_a_checkpoint_is_what_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv(trained.KEEP_VARIABLE, "1")
+    engine = load_engine("torch")(MODEL, seed=3)
+    trained.keep(tmp_path, engine)
+    monkeypatch.setattr(lm_harness, "ask", lambda *_: lm_harness.Answers(8, 2, 0, ()))
+    run = replace(run_of("piqa", None), checkpoint=trained.find(str(tmp_path), MODEL))
+    other = load_engine("torch")(MODEL, seed=0)
+    assert measured(run, other)["accuracy"] == 0.25
+    wanted = engine.parameters()
+    assert all((value == wanted[name]).all() for name, value in other.parameters().items())
 
 
 def test_a_run_is_the_files_of_its_task(tmp_path):

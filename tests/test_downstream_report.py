@@ -1,5 +1,7 @@
 """Downstream tasks in a report: accuracies with binomial intervals, and the paper's rows apart."""
 
+from dataclasses import replace
+
 import pytest
 import synthetic_records as synthetic
 from scipy.stats import binomtest
@@ -21,8 +23,10 @@ def answered(family, task, num_right, num_questions=400, *, num_cut=0, chance=0.
         sample("chance_accuracy", chance),
     )
     rest = {"samples": samples, "block": None} | rest
-    return record("downstream", family, rest.pop("backend", "torch"), phase="evaluate", task=task,
+    made = record("downstream", family, rest.pop("backend", "torch"), phase="evaluate", task=task,
                   seq_len=2048, repeats=0, **rest)  # fmt: skip
+    start = {"path": f"/home/{family}", "digest": f"{family:_<16}"}
+    return replace(made, run=made.run | {"checkpoint": start})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,7 @@ def test_an_accuracy_has_the_interval_of_its_questions(table):
         (100 * wanted.low, 100 * wanted.high)
     )
     assert raw["mmlu_num_questions"] == 400
+    assert texts["checkpoint"] == "mqa_____"
     assert texts["MMLU"] == f"25.0 [{100 * wanted.low:.1f}, {100 * wanted.high:.1f}]"
     assert raw["average"] == pytest.approx(sum((100 + n) / 4 for n in range(6)) / 6)
 
