@@ -123,6 +123,15 @@ def test_batches_are_of_few_shapes_and_of_as_many_tokens():
     assert scored == len(asked)
 
 
+def test_batches_hold_the_same_requests_in_whatever_order_they_come():
+    digests = []
+    for asked in (some_requests(), some_requests()[::-1]):
+        recorder = Recorder()
+        likelihood.scores(recorder, asked, batch_size=2, seq_len=SEQ_LEN)
+        digests.append(data.batch_digest(recorder.batches))
+    assert digests[0] == digests[1]
+
+
 def test_a_length_that_is_no_power_of_two_is_not_exceeded():
     recorder = Recorder()
     likelihood.scores(recorder, [Request(tuple(range(90)), 1)], batch_size=1, seq_len=75)
