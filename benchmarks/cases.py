@@ -22,7 +22,7 @@ ITEMSIZE = cost.ITEMSIZE
 
 # Bytes an element of bfloat16, forward and backward, and the axes whose product counts elements.
 BYTES = {
-    **{op: (*(2 * n for n in arrays), "BTR") for op, arrays in cost.SCAN_ARRAYS.items()},
+    **{op: (*(2 * n for n in cost.scan_arrays(op)), "BTR") for op in ("linear_scan", "rg_lru")},
     "causal_conv": (4, 6, "BTR"),
     "rms_norm": (4, 6, "BTD"),
     "add_rms_norm": (8, 8, "BTD"),

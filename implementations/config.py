@@ -8,9 +8,31 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from implementations.mixers import MIXERS
 
-GATES = ("rg_lru",)
 LAMBDA_INITS = ("paper", "code")
 DTYPES = ("float32", "bfloat16", "float64")
+MAX_CONV_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a gate of the recurrent mixer is made of; gates.py has the equations."""
+
+    has_recurrence_gate: bool = True  # r, of a_gate
+    has_input_gate: bool = True  # i, of input_gate
+    has_a_param: bool = True
+    has_time_step: bool = False  # r is a step in time: neither decay_exponent nor normalize_input
+    is_complex: bool = False  # channel k and k + d_rnn / 2 are one complex channel
+
+
+GATES = {
+    "rg_lru": Gate(),
+    "no_recurrence_gate": Gate(has_recurrence_gate=False),
+    "no_input_gate": Gate(has_input_gate=False),
+    "lru": Gate(has_recurrence_gate=False, has_input_gate=False),
+    "gru": Gate(has_input_gate=False, has_a_param=False, has_time_step=True),
+    "mamba": Gate(has_input_gate=False, has_time_step=True),
+    "cg_lru": Gate(is_complex=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +56,11 @@ class ModelConfig:
     window_size: int | None  # keys a query may see, itself included; None: all
     num_kv_heads: int = 1  # 1 is MQA; num_heads is MHA
     vocab_size: int = 256
-    conv_width: int = 4
+    conv_width: int = 4  # 0: no convolution
     gate: str = "rg_lru"
-    lambda_init: str = "paper"  # paper: a^8 uniform in [0.9, 0.999]; code: a^2 in [0.9^2, 0.999^2]
+    decay_exponent: float = 8.0  # the paper's c: a_t = a^(c r_t)
+    normalize_input: bool = True  # inputs times sqrt(1 - a_t^2)
+    lambda_init: str = "paper"  # paper: a^c uniform in [0.9, 0.999]; code: a^2 in [0.9^2, 0.999^2]
     rope_fraction: float = 1.0  # share of each head's channels that is rotated (released code: 0.5)
     rope_base: float = 10000.0
     biases: bool = True
@@ -47,26 +71,30 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_rnn", "d_mlp", "num_layers", "num_heads", "head_dim",
-                     "num_gate_blocks", "num_kv_heads", "vocab_size", "conv_width"):  # fmt: skip
+                     "num_gate_blocks", "num_kv_heads", "vocab_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{self.title}: {name}={getattr(self, name)}; must be at least 1.")
         if not self.pattern:
             raise ValueError(f"{self.title}: pattern is empty; name at least one of {MIXERS}.")
         for mixer in self.pattern:
             choose("pattern", mixer, MIXERS, self.title)
-        choose("gate", self.gate, GATES, self.title)
+        choose("gate", self.gate, tuple(GATES), self.title)
         choose("lambda_init", self.lambda_init, LAMBDA_INITS, self.title)
         if self.window_size is not None and self.window_size < 1:
             raise ValueError(
                 f"{self.title}: window_size={self.window_size}; must be at least 1, or null."
             )
-        if "rg_lru" in self.pattern and self.d_rnn % self.num_gate_blocks:
-            below = self.d_rnn // self.num_gate_blocks * self.num_gate_blocks
-            near = [value for value in (below, below + self.num_gate_blocks) if value]
+        if not 0 <= self.conv_width <= MAX_CONV_WIDTH:
             raise ValueError(
-                f"{self.title}: d_rnn={self.d_rnn} is not a multiple of num_gate_blocks="
-                f"{self.num_gate_blocks}; use {' or '.join(map(str, near))}."
+                f"{self.title}: conv_width={self.conv_width}; must be from 0, which is no "
+                f"convolution, to {MAX_CONV_WIDTH}."
             )
+        if not (math.isfinite(self.decay_exponent) and self.decay_exponent > 0):
+            raise ValueError(
+                f"{self.title}: decay_exponent={self.decay_exponent}; must be positive."
+            )
+        if "rg_lru" in self.pattern:
+            self._check_gate()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.title}: num_heads={self.num_heads} is not a multiple of "
@@ -84,6 +112,38 @@ class ModelConfig:
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"{self.title}: rms_norm_eps={self.rms_norm_eps}; must be positive.")
 
+    def _check_gate(self) -> None:
+        blocks, gate = self.num_gate_blocks, GATES[self.gate]
+        if self.d_rnn % blocks:
+            below = self.d_rnn // blocks * blocks
+            near = [value for value in (below, below + blocks) if value]
+            raise ValueError(
+                f"{self.title}: d_rnn={self.d_rnn} is not a multiple of num_gate_blocks="
+                f"{blocks}; use {' or '.join(map(str, near))}."
+            )
+        if gate.is_complex and self.d_rnn // blocks % 2:
+            raise ValueError(
+                f"{self.title}: gate={self.gate} pairs channels, and d_rnn={self.d_rnn} in "
+                f"num_gate_blocks={blocks} makes blocks of {self.d_rnn // blocks}; must be even."
+            )
+        if not gate.has_time_step:
+            return
+        if not self.normalize_input:
+            raise ValueError(
+                f"{self.title}: normalize_input=false with gate={self.gate}, which has no "
+                "sqrt(1 - a^2) to leave out; must be true."
+            )
+        if self.decay_exponent != type(self).decay_exponent:
+            raise ValueError(
+                f"{self.title}: decay_exponent={self.decay_exponent} with gate={self.gate}, which "
+                f"has no such exponent; leave it at {type(self).decay_exponent}."
+            )
+        if not self.biases:
+            raise ValueError(
+                f"{self.title}: biases=false with gate={self.gate}, whose time step starts as the "
+                "bias of a_gate; must be true."
+            )
+
     @property
     def title(self) -> str:
         return f"model '{self.family}_{self.size}'"
@@ -92,6 +152,11 @@ class ModelConfig:
     def layer_mixers(self) -> tuple[str, ...]:
         """The mixer of every layer, from the first to the last."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+    @property
+    def d_gate(self) -> int:
+        """Outputs of each gate of the recurrent mixer: one for a channel, real or complex."""
+        return self.d_rnn // 2 if GATES[self.gate].is_complex else self.d_rnn
 
     @property
     def num_visible_keys(self) -> int | None:

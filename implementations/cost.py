@@ -5,9 +5,8 @@ recurrence; norms, activations and the softmax are left out, and nothing recompu
 multiply-add is 2 FLOPs; a backward pass is twice its forward pass.
 """
 
-from implementations.config import ModelConfig
-from implementations.mixers import load_mixer
-from implementations.mixers.rg_lru import RECURRENCE_FLOPS
+from implementations.config import GATES, ModelConfig
+from implementations.mixers import load_mixer, rg_lru
 from implementations.parameters import param_specs
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -61,7 +60,7 @@ def decode_flops(config: ModelConfig, batch_size: int, contexts: range) -> float
 
 def recurrence_flops(config: ModelConfig, batch_size: int, seq_len: int) -> float:
     """Forward and backward FLOPs of one layer's recurrence, without its gates' products."""
-    return 3 * RECURRENCE_FLOPS * batch_size * seq_len * config.d_rnn
+    return 3 * rg_lru.recurrence_flops(config) * batch_size * seq_len * config.d_rnn
 
 
 def cache_bytes(config: ModelConfig, *, batch_size: int, capacity: int, dtype: str) -> int:
@@ -93,9 +92,18 @@ def prefill_bytes(config: ModelConfig, *, batch_size: int, prompt_len: int, dtyp
     return param_bytes(config, dtype) + written
 
 
-# [B, T, R] arrays that a scan must read or write once, forward and backward: of linear_scan a, x
-# and h, then a, h, dh, da and dx; of rg_lru x, two gates and h, then those, dh and three gradients.
-SCAN_ARRAYS = {"linear_scan": (3, 5), "rg_lru": (4, 8)}
+def gate_arrays(gate: str) -> float:
+    """Gates of the recurrence, in arrays [B, T, R]: complex channels have half of one each."""
+    num_gates = GATES[gate].has_recurrence_gate + GATES[gate].has_input_gate
+    return num_gates / 2 if GATES[gate].is_complex else num_gates
+
+
+def scan_arrays(op: str, gate: str = "rg_lru") -> tuple[float, float]:
+    """[B, T, R] arrays that a scan must read or write once, forward and backward: of linear_scan a,
+    x and h, then a, h, dh, da and dx; of rg_lru x, its gates and h, then those, dh, dx and the
+    gradients of the gates."""
+    gates = gate_arrays(gate)
+    return {"linear_scan": (3, 5), "rg_lru": (2 + gates, 4 + 2 * gates)}[op]
 
 
 def scan_bytes(
@@ -104,23 +112,20 @@ def scan_bytes(
     """Bytes that one layer's scan alone must move: every array once, in `dtype`, and the first and
     the last state in float32 (backward their gradients). Positions and a_param are left out, which
     are 1/R and 1/BT of an array, and so is what a variant stores for itself."""
-    forward, backward = SCAN_ARRAYS[op]
+    forward, backward = scan_arrays(op, config.gate)
     num_arrays = forward + (backward if has_backward else 0)
     num_states = 2 * (2 if has_backward else 1)
     states = num_states * max(ITEMSIZE[dtype], 4)
-    return batch_size * config.d_rnn * (num_arrays * seq_len * ITEMSIZE[dtype] + states)
-
-
-# The same arrays as they are there at once: forward, and with gradients.
-SCAN_ARRAYS_HELD = {"linear_scan": (3, 6), "rg_lru": (4, 8)}
+    return int(batch_size * config.d_rnn * (num_arrays * seq_len * ITEMSIZE[dtype] + states))
 
 
 def scan_memory_bytes(
     config: ModelConfig, op: str, *, batch_size: int, seq_len: int, dtype: str, has_backward: bool
 ) -> int:
-    """Predicted peak of one layer's scan alone."""
-    num_arrays = SCAN_ARRAYS_HELD[op][has_backward]
-    return num_arrays * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype]
+    """Predicted peak of one layer's scan alone: the same arrays, as they are there at once; of
+    linear_scan x too, which its backward pass does not read."""
+    num_arrays = scan_arrays(op, config.gate)[has_backward] + (op == "linear_scan" and has_backward)
+    return int(num_arrays * batch_size * seq_len * config.d_rnn * ITEMSIZE[dtype])
 
 
 # Tokens whose logits the loss holds at once: so many bytes of them, and never fewer than these
@@ -151,14 +156,14 @@ def train_memory_bytes(
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     kept = {
         "mqa": (2 * N + 2 * K) * H * size,
-        # branch, convolution, gate pre-activations and product in dtype; a, x, h in float32
-        "rg_lru": R * (6 * size + 3 * 4),
+        # two branches, convolution, gates before sigmoid, product in dtype; a, x, h in float32
+        "rg_lru": R * ((3 + (config.conv_width > 0) + gate_arrays(config.gate)) * size + 3 * 4),
     }
     layers = [kept[m] + (4 * D + 4 * F) * size for m in config.layer_mixers]
     per_token = max(layers) + len(layers) * D * size if activation_checkpointing else sum(layers)
     chunk = max(LOSS_CHUNK_BYTES // (4 * config.vocab_size), LOSS_MIN_CHUNK)
     logits = min(tokens, chunk) * 2 * config.vocab_size * 4
-    return num_params(config) * 4 * master + tokens * per_token + logits
+    return int(num_params(config) * 4 * master + tokens * per_token + logits)
 
 
 def inference_memory_bytes(

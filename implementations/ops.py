@@ -11,10 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from implementations import reference
+from implementations import gates, reference
 from implementations.config import ModelConfig
 from implementations.mixers import MIXERS, load_mixer
-from implementations.mixers import rg_lru as rg_lru_mixer
 from implementations.reference import Params
 
 Arrays = dict[str, np.ndarray]
@@ -123,12 +122,12 @@ def _linear_scan_grad(config: ModelConfig, params: Params, inputs: Arrays, *dy) 
 
 
 def _rg_lru(config: ModelConfig, params: Params, inputs: Arrays) -> tuple:
-    return rg_lru_mixer.rg_lru(params, inputs["x_BTR"], inputs["position_BT"], inputs["h0_BR"])
+    return gates.rg_lru(config, params, inputs["x_BTR"], inputs["position_BT"], inputs["h0_BR"])
 
 
 def _rg_lru_grad(config: ModelConfig, params: Params, inputs: Arrays, *dy: np.ndarray) -> tuple:
-    grads, dx, dh0 = rg_lru_mixer.rg_lru_grad(
-        params, inputs["x_BTR"], inputs["position_BT"], inputs["h0_BR"], *dy
+    grads, dx, dh0 = gates.rg_lru_grad(
+        config, params, inputs["x_BTR"], inputs["position_BT"], inputs["h0_BR"], *dy
     )
     return grads, {"x_BTR": dx, "h0_BR": dh0}
 

@@ -19,7 +19,9 @@ from implementations.config import ModelConfig
 from implementations.mixers import load_mixer
 
 # Initializations by name; all zero-mean normals are untruncated. std is used by "normal" alone.
-INITS = ("normal", "zeros", "a_param_paper", "a_param_code")
+INITS = (
+    "normal", "zeros", "a_param_paper", "a_param_code", "a_param_one", "time_step", "phase",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class ParamSpec:
     axes: tuple[str, ...]
     init: str
     std: float = 0.0
+    power: float = 0.0  # of "a_param_paper" alone
     decayed: bool = False  # weight decay applies: matrices of the linear layers, and nothing else
 
     @property
@@ -82,6 +85,12 @@ def prefixed(prefix: str, specs: list[ParamSpec]) -> list[ParamSpec]:
     return [replace(spec, name=f"{prefix}.{spec.name}") for spec in specs]
 
 
+def is_exact(name: str) -> bool:
+    """Whether a bfloat16 engine keeps a parameter in float32: those that are raised to a power, or
+    turned by, at every step."""
+    return name.rpartition(".")[2] in ("a_param", "theta")
+
+
 def draw(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Initial values, float32, by name; each from its own generator, seeded by (seed, name)."""
     specs = param_specs(config)
@@ -97,10 +106,16 @@ def _draw(spec: ParamSpec, seed: int) -> np.ndarray:
         return np.zeros(spec.shape, np.float32)
     if spec.init == "normal":
         value = spec.std * rng.standard_normal(spec.shape)
-    elif spec.init == "a_param_paper":  # section 2.4: a^8 uniform, a = exp(-softplus(a_param))
-        value = _inverse_softplus(-np.log(rng.uniform(0.9, 0.999, spec.shape)) / 8)
+    elif spec.init == "a_param_paper":  # section 2.4: a^c uniform, a = exp(-softplus(a_param))
+        value = _inverse_softplus(-np.log(rng.uniform(0.9, 0.999, spec.shape)) / spec.power)
     elif spec.init == "a_param_code":  # recurrentgemma: a^2 uniform
         value = _inverse_softplus(-np.log(rng.uniform(0.9**2, 0.999**2, spec.shape)) / 2)
+    elif spec.init == "a_param_one":  # mamba: A = softplus(a_param) = 1
+        value = np.full(spec.shape, _inverse_softplus(1.0))
+    elif spec.init == "time_step":  # Mamba (arXiv:2312.00752): softplus(bias) log-uniform
+        value = _inverse_softplus(np.exp(rng.uniform(*np.log((0.001, 0.1)), spec.shape)))
+    elif spec.init == "phase":  # recurrentgemma: theta of the complex gate
+        value = rng.uniform(0, 0.1 * np.pi, spec.shape)
     else:
         raise AssertionError(f"{spec.name}: init {spec.init!r} is not one of {INITS}")
     return value.astype(np.float32)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, tiny
 
-from implementations import reference
+from implementations import gates, reference
 from implementations.engine import IGNORED, Batch, OptimizerConfig
-from implementations.mixers import load_mixer, rg_lru
+from implementations.mixers import load_mixer
 from implementations.parameters import draw, param_specs
 
 STEP = 1e-4  # of a central difference of fourth order, along a direction of norm 1
@@ -267,7 +267,7 @@ def test_rg_lru_follows_the_equations_of_the_paper():
         else:
             scale = np.sqrt(1 - a[b, t] ** 2)
             want[b, t] = a[b, t] * want[b, t - 1] + scale * i[b, t] * x_BTR[b, t]
-    h_BTR, h_BR = rg_lru.rg_lru(params, x_BTR, POSITION_BT, normal(B, config.d_rnn))
+    h_BTR, h_BR = gates.rg_lru(config, params, x_BTR, POSITION_BT, normal(B, config.d_rnn))
     np.testing.assert_allclose(h_BTR, want, atol=1e-12)
     np.testing.assert_array_equal(h_BTR[:, -1], h_BR)
 
@@ -278,8 +278,8 @@ def test_gradients_of_rg_lru_stay_finite_where_a_is_one():
     params["a_param"] = np.full(config.d_rnn, -800.0)  # softplus is 0: the root's slope has no end
     x_BTR, dh_BTR = normal(2, B, T, config.d_rnn)
     h0_BR, dh_last_BR = normal(2, B, config.d_rnn)
-    grads, dx_BTR, dh0_BR = rg_lru.rg_lru_grad(
-        params, x_BTR, POSITION_BT, h0_BR, dh_BTR, dh_last_BR
+    grads, dx_BTR, dh0_BR = gates.rg_lru_grad(
+        config, params, x_BTR, POSITION_BT, h0_BR, dh_BTR, dh_last_BR
     )
     assert all(np.isfinite(value).all() for value in (*grads.values(), dx_BTR, dh0_BR))
 

@@ -134,6 +134,9 @@ class Run:
         if not self.workload.task:  # a question of downstream tasks alone
             for name in ("task", "task_folder", "task_digest", "num_fewshot", "max_questions"):
                 del values["workload"][name]
+        for key in ("decay_exponent", "normalize_input"):  # and those of before the gates' settings
+            if values["model"][key] == getattr(ModelConfig, key):
+                del values["model"][key]
         return values
 
     @classmethod

@@ -708,16 +708,16 @@ FLOOR_DEFECTS = (
     ),
     Defect(
         "truth_decay_factor",  # peer
-        "implementations.mixers.rg_lru",
-        "DECAY = 8.0",
-        "DECAY = 4.0",
+        "implementations.gates",
+        "slowest_C = config.decay_exponent * slowest_C",
+        "slowest_C = config.decay_exponent / 2 * slowest_C",
         "truth",
     ),
     Defect(
         "truth_root_gradient_halved",  # differences
-        "implementations.mixers.rg_lru",
-        "- 2 * np.exp(2 * log_a_BTR) * du_BTR",
-        "- np.exp(2 * log_a_BTR) * du_BTR",
+        "implementations.gates",
+        "- 2 * np.exp(2 * log_alpha_BTC) * dsquare_BTC",
+        "- np.exp(2 * log_alpha_BTC) * dsquare_BTC",
         "truth",
     ),
     Defect(

@@ -180,7 +180,7 @@ def moved_parameters(run: Run) -> dict[str, np.ndarray]:
             values[spec.name] = 0.1 * rng.standard_normal(spec.shape).astype(np.float32)
     if run.dtype != "bfloat16":
         return values
-    return {n: v if n.endswith(".a_param") else to_bfloat16(v) for n, v in values.items()}
+    return {n: v if parameters.is_exact(n) else to_bfloat16(v) for n, v in values.items()}
 
 
 def packed_batches(run: Run) -> Iterator[Batch]:

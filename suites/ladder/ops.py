@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from implementations import ops, reference
+from implementations import ops, parameters, reference
 from implementations.config import ModelConfig
 from implementations.engine import LANGUAGES, Engine
 from implementations.reference import Params
@@ -136,10 +136,11 @@ def _recurrent_cases(
     config: ModelConfig, params: Params, position_BT: np.ndarray, normal, rng
 ) -> Iterator[Case]:
     B, T = position_BT.shape
-    R, past = config.d_rnn, config.conv_width - 1
+    R, past = config.d_rnn, max(config.conv_width - 1, 0)
     index = config.layer_mixers.index("rg_lru")
     mixer = reference.within(params, f"layers.{index}.mixer")
     conv, unit = reference.within(mixer, "conv_1d"), reference.within(mixer, "rg_lru")
+    gate = reference.within(unit, "a_gate") or reference.within(unit, "input_gate")
     x_BTR = normal(B, T, R)
     # What follows on a state: row 0 goes on with a document that is past + 1 inputs old.
     later_BT = position_BT.copy()
@@ -151,13 +152,16 @@ def _recurrent_cases(
         ("causal_conv of one token", 1, np.full((B, 1), past + 1)),
     ):
         inputs = {"x_BTR": x_BTR[:, :t], "position_BT": position}
-        yield Case(name, conv, inputs | {"conv_BWR": normal(B, past, R)})
-    gate, many_BTR = reference.within(unit, "a_gate"), normal(*MANY, R)
-    yield Case("block_diagonal", gate, {"x_BTR": x_BTR})
-    yield Case("block_diagonal of many tokens", gate, {"x_BTR": many_BTR})
+        if conv:
+            yield Case(name, conv, inputs | {"conv_BWR": normal(B, past, R)})
+    many_BTR = normal(*MANY, R)
+    if gate:
+        yield Case("block_diagonal", gate, {"x_BTR": x_BTR})
+        yield Case("block_diagonal of many tokens", gate, {"x_BTR": many_BTR})
     inputs = {"x_BTR": many_BTR, "position_BT": np.tile(np.arange(MANY[1]), (MANY[0], 1))}
     inputs |= {"conv_BWR": np.zeros((MANY[0], past, R), np.float32)}
-    yield Case("causal_conv of many tokens", conv, inputs)
+    if conv:
+        yield Case("causal_conv of many tokens", conv, inputs)
     small = 10 ** rng.uniform(-14, 0, (B, T, R)).astype(np.float32)
     small[:, ::7] = 0.0  # where the slope of the root has no end
     yield Case("bounded_sqrt", {}, {"x": small})
@@ -197,7 +201,7 @@ def _rounded(case: Case) -> Case:
         for name, value in case.inputs.items()
     }
     params = {
-        name: value if name.endswith("a_param") else to_bfloat16(value)
+        name: value if parameters.is_exact(name) else to_bfloat16(value)
         for name, value in case.params.items()
     }
     return Case(case.name, params, inputs)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from implementations import parameters, reference
+from implementations.config import GATES
 from implementations.engine import IGNORED, Engine
 from suites.harness.run import Run
 from suites.ladder.check import Check, kind_of
@@ -52,12 +53,21 @@ def definitions(run: Run) -> Iterator[Check]:
             num_in = {"embedding": value.shape[-1]}.get(module, value.shape[-2])
             scale = np.sqrt(gain.get(module, 1.0) / num_in)
             pools.setdefault(kind_of(f"L0/{name}"), []).append((value / scale).ravel())
+        elif leaf == "a_param" and model.gate == "mamba":
+            one = np.full_like(value, np.log(np.expm1(1.0)))
+            yield Check(f"L0/initial/{name}", value, one)
         elif leaf == "a_param":
-            power = 8 if model.lambda_init == "paper" else 2
+            is_paper = model.lambda_init == "paper"
+            power = model.decay_exponent if is_paper else 2
             a = np.exp(-power * np.logaddexp(0, value.astype(np.float64)))
-            low, high = (0.9, 0.999) if power == 8 else (0.9**2, 0.999**2)
-            unit = (a - low) / (high - low)  # uniform: deviation 12^-1/2 about 1/2
-            pools.setdefault(kind_of(f"L0/{name}"), []).append((unit - 0.5) * np.sqrt(12))
+            low, high = (0.9, 0.999) if is_paper else (0.9**2, 0.999**2)
+            pools.setdefault(kind_of(f"L0/{name}"), []).append(_unit(a, low, high))
+        elif leaf == "theta":
+            pools.setdefault(kind_of(f"L0/{name}"), []).append(_unit(value, 0.0, 0.1 * np.pi))
+        elif module == "a_gate" and GATES[model.gate].has_time_step:
+            step = np.log(np.logaddexp(0, value.astype(np.float64)))
+            unit = _unit(step, np.log(0.001), np.log(0.1))
+            pools.setdefault(kind_of(f"L0/{name}"), []).append(unit)
         else:
             yield Check(f"L0/initial/{name}", value, np.zeros_like(value))
     for kind, values in pools.items():
@@ -65,6 +75,11 @@ def definitions(run: Run) -> Iterator[Check]:
         num_deviations = (np.sqrt(squares.mean()) - 1) * np.sqrt(2 * squares.size)
         too_many = max(abs(num_deviations) - MAX_DEVIATIONS, 0.0)
         yield Check(f"L0/initial/{kind}", np.array(too_many), np.array(0.0))
+
+
+def _unit(value: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Of deviation 1 about 0, where it is uniform between the two."""
+    return ((value - low) / (high - low) - 0.5) * np.sqrt(12)
 
 
 def differences(run: Run) -> Iterator[Check]:
