@@ -12,6 +12,7 @@ from implementations import ops as truth
 from implementations import reference
 from implementations.config import ModelConfig
 from implementations.mixers.rg_lru import param_specs
+from implementations.parameters import is_exact
 from suites.ladder.check import error_of, to_bfloat16, tolerances
 
 # B, T, R, documents, dtype: pairwise over length, channels, documents and dtype, not the full
@@ -74,11 +75,9 @@ class Case:
         return found
 
 
-def scan_case(
-    op: str, B: int, T: int, R: int, documents: str, dtype: str, biases: bool = True
-) -> Case:
-    """linear_scan or rg_lru."""
-    config = sized(R, biases=biases)
+def scan_case(op: str, B: int, T: int, R: int, documents: str, dtype: str, **settings) -> Case:
+    """linear_scan or rg_lru, of a model of these settings."""
+    config = sized(R, **settings)
     rng = np.random.default_rng([T, R])
     position_BT = positions(documents, B, T)
     if op == "linear_scan":
@@ -94,7 +93,7 @@ def scan_case(
         wide = truth.OPS[op].wide
         inputs = {k: v if k in wide or v.dtype.kind == "i" else to_bfloat16(v)
                   for k, v in inputs.items()}  # fmt: skip
-        params = {k: v if k == "a_param" else to_bfloat16(v) for k, v in params.items()}
+        params = {k: v if is_exact(k) else to_bfloat16(v) for k, v in params.items()}
         doutputs = (to_bfloat16(doutputs[0]), doutputs[1])
     return Case(op, dtype, config, params, inputs, doutputs)
 
@@ -110,8 +109,9 @@ def drawn(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray
         spec.name: normal(rng, *spec.shape) * np.float32(spec.shape[0] ** -0.5)
         for spec in param_specs(config)
     }
-    R = config.d_rnn
-    return params | {"rg_lru.a_param": -rng.uniform(0.5, 9, R).astype(np.float32)}
+    if "rg_lru.a_param" in params:
+        params["rg_lru.a_param"] = -rng.uniform(0.5, 9, config.d_gate).astype(np.float32)
+    return params
 
 
 def positions(documents: str, B: int, T: int) -> np.ndarray:

@@ -80,11 +80,16 @@ def test_variants_are_read_without_the_framework(backend, op):
 
 # What is red, and where.
 
+
+def slower(a_param_R, gate, exponent):
+    return -7.5 * (1 + a_param_R.exp()).log()
+
+
 FAULTS = {  # a value of the torch backend, what stands in its place; the first red check, the layer
-    "implementations.torch_backend.kernels.rg_lru.DECAY": (
-        7.5, "L1/rg_lru/h_BTR", "L4/activations/layers.0.mixer.rg_lru"
+    "implementations.torch_backend.kernels.rg_lru.decay_of": (
+        slower, "L1/rg_lru/h_BTR", "L4/activations/layers.0.mixer.rg_lru"
     ),
-    "implementations.torch_backend.kernels.rg_lru.MAX_SQRT_GRADIENT": (
+    "implementations.torch_backend.kernels.gate.MAX_SQRT_GRADIENT": (
         1e9, "L3/bounded_sqrt/dx", None
     ),
     "implementations.torch_backend.mixers.mqa.attend_with_state": (

@@ -57,3 +57,37 @@ def test_steps_are_the_recurrence(interpreted, B, R, G, conv_width, biases, dtyp
     assert found.pop("conv_BWR")[0] == 0.0
     largest, rms = STEP_TOLERANCE[dtype]
     assert not {k: v for k, v in found.items() if v[0] > largest or (v[1] or 0) > rms}
+
+
+# The other gates, by the compile-time switch of the same kernels.
+
+GATE_SETTINGS = [
+    {"gate": "no_recurrence_gate"},
+    {"gate": "no_input_gate", "decay_exponent": 3.0},
+    {"gate": "lru"},
+    {"gate": "gru"},
+    {"gate": "mamba"},
+    {"gate": "cg_lru"},
+    {"normalize_input": False},
+    {"gate": "cg_lru", "normalize_input": False, "biases": False},
+]
+THETA_TOLERANCE = 4e-6  # of the largest true value
+
+
+@pytest.mark.parametrize("settings", GATE_SETTINGS, ids=lambda s: " ".join(map(str, s.values())))
+@pytest.mark.parametrize(("variant", "T"), [("triton", 37), ("triton_split", 261)])
+def test_every_gate_and_its_gradients_are_true(interpreted, variant, T, settings):
+    shape = {"B": 1, "T": T, "R": 24, "documents": "some", "dtype": "float32"}
+    found = interpreted(CASES, "op_errors", op="rg_lru", **shape, variant=variant, **settings)
+    if (theta := found.pop("dtheta", None)) is not None:
+        assert theta[0] < THETA_TOLERANCE
+    within(found, "rg_lru", "float32", "triton")
+
+
+@pytest.mark.parametrize("settings", GATE_SETTINGS, ids=lambda s: " ".join(map(str, s.values())))
+@pytest.mark.parametrize("dtype", STEP_TOLERANCE)
+def test_a_step_of_every_gate(interpreted, dtype, settings):
+    shape = {"B": 3, "R": 48, "G": 2, "conv_width": 0, "dtype": dtype}
+    found = interpreted(CASES, "step_errors", **shape, **settings)
+    largest, rms = STEP_TOLERANCE[dtype]
+    assert not {k: v for k, v in found.items() if v[0] > largest or (v[1] or 0) > rms}

@@ -21,7 +21,7 @@ def files(backend: str) -> set[str]:
 
 # Without a twin: JAX compiles for TPUs, also those that are not here, and for GPUs, each from
 # kernels of its own.
-JAX_ALONE = ("ahead_of_time.py", "kernels/*_tpu.py", "kernels/*_gpu.py", "kernels/gate.py")
+JAX_ALONE = ("ahead_of_time.py", "kernels/*_tpu.py", "kernels/*_gpu.py")
 
 
 def test_both_backends_hold_the_same_files():

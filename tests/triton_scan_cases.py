@@ -13,9 +13,11 @@ from scan_cases import Errors, drawn, errors, normal, scan_case, sized
 
 from implementations import ops as truth
 from implementations import reference
+from implementations.parameters import is_exact
 from implementations.torch_backend import ops
 from implementations.torch_backend.kernels.linear_scan import TILES, linear_scan
 from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
+from implementations.torch_backend.mixers.rg_lru import form_of
 from suites.ladder.check import to_bfloat16
 
 KERNELS = {"attention": "plain", "layers": "plain"}
@@ -68,19 +70,21 @@ def strided_errors(variant: str) -> Errors:
     return errors(found, dict(zip(names, true, strict=True)))
 
 
-def step_errors(B: int, R: int, G: int, conv_width: int, dtype: str, biases: bool = True) -> Errors:
+def step_errors(B: int, R: int, G: int, conv_width: int, dtype: str, **settings) -> Errors:
     """Tokens one by one, beside the recurrent block's equations over all that came before."""
-    config = sized(R, num_gate_blocks=G, conv_width=conv_width, biases=biases)
+    config = sized(R, num_gate_blocks=G, conv_width=conv_width, **settings)
     rng = np.random.default_rng([B, R, G])
     params = drawn(config, rng)
     num_tokens = conv_width + 3
     gate_BTR, x_BTR = normal(rng, 2, B, num_tokens, R)
     if dtype == "bfloat16":
-        params = {k: v if k.endswith("a_param") else to_bfloat16(v) for k, v in params.items()}
+        params = {k: v if is_exact(k) else to_bfloat16(v) for k, v in params.items()}
         gate_BTR, x_BTR = to_bfloat16(gate_BTR), to_bfloat16(x_BTR)
     position_BT = np.broadcast_to(np.arange(num_tokens), (B, num_tokens))
     conv = reference.within(params, "conv_1d")
-    y_BTR = reference.causal_conv(conv["weight"], conv.get("bias"), x_BTR, position_BT)
+    y_BTR = x_BTR
+    if conv_width:
+        y_BTR = reference.causal_conv(conv["weight"], conv.get("bias"), x_BTR, position_BT)
     if dtype == "bfloat16":  # what the convolution gives is rounded, for more tokens too
         y_BTR = to_bfloat16(y_BTR)
     unit = reference.within(params, "rg_lru")
@@ -88,24 +92,29 @@ def step_errors(B: int, R: int, G: int, conv_width: int, dtype: str, biases: boo
     h_BTR, _ = truth.OPS["rg_lru"].forward(
         config, unit, {"x_BTR": y_BTR, "position_BT": position_BT, "h0_BR": h0_BR}
     )
-    true = {"out_BTR": reference.gelu(gate_BTR) * h_BTR, "h_BR": h_BTR[:, -1],
-            "conv_BWR": x_BTR[:, num_tokens - conv_width + 1 :]}  # fmt: skip
+    true = {"out_BTR": reference.gelu(gate_BTR) * h_BTR, "h_BR": h_BTR[:, -1]}
+    past = max(conv_width - 1, 0)
+    if past:
+        true["conv_BWR"] = x_BTR[:, num_tokens - past :]
 
     kind, weights = getattr(torch, dtype), {k: torch.tensor(v) for k, v in params.items()}
-    conv_BWR = torch.zeros(B, conv_width - 1, R, dtype=kind)
+    conv_BWR = torch.zeros(B, past, R, dtype=kind)
+    names = ("conv_1d.weight", "conv_1d.bias", "rg_lru.a_gate.weight", "rg_lru.input_gate.weight",
+             "rg_lru.a_gate.bias", "rg_lru.input_gate.bias", "rg_lru.a_param")  # fmt: skip
+    given = [weights.get(name) for name in names]
+    form = form_of(config) | {"theta_R": weights.get("rg_lru.theta")}
     h_BR, outs = torch.zeros(B, R), []
     for t in range(num_tokens):
         with poisoned():
             outs.append(
                 rg_lru_step(
                     torch.tensor(gate_BTR[:, t]).to(kind), torch.tensor(x_BTR[:, t]).to(kind),
-                    weights["conv_1d.weight"], weights.get("conv_1d.bias"),
-                    weights["rg_lru.a_gate.weight"], weights["rg_lru.input_gate.weight"],
-                    weights.get("rg_lru.a_gate.bias"), weights.get("rg_lru.input_gate.bias"),
-                    weights["rg_lru.a_param"], torch.tensor(position_BT[:, t]), conv_BWR, h_BR,
+                    *given, torch.tensor(position_BT[:, t]), conv_BWR, h_BR, **form,
                 )
             )  # fmt: skip
-    found = {"out_BTR": torch.stack(outs, 1), "h_BR": h_BR, "conv_BWR": conv_BWR}
+    found = {"out_BTR": torch.stack(outs, 1), "h_BR": h_BR}
+    if past:
+        found["conv_BWR"] = conv_BWR
     return errors(arrays(found), true)
 
 

@@ -83,17 +83,17 @@ class BlockDiagonal(nn.Module):
     Calling it gives the products alone: the RG-LRU adds the bias where it reads them.
     """
 
-    def __init__(self, num_blocks: int, width: int, has_bias: bool):
+    def __init__(self, num_blocks: int, d_in: int, d_out: int, has_bias: bool):
         super().__init__()
-        block = width // num_blocks
-        self.weight = nn.Parameter(torch.empty(num_blocks, block, block))
-        self.bias = nn.Parameter(torch.empty(width)) if has_bias else None
+        shape = (num_blocks, d_in // num_blocks, d_out // num_blocks)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(d_out)) if has_bias else None
 
     def forward(self, x_BTR: Tensor) -> Tensor:
-        G, width, _ = self.weight.shape
-        x_GMI = x_BTR.reshape(-1, G, width).transpose(0, 1)
+        G, d_in, _ = self.weight.shape
+        x_GMI = x_BTR.reshape(-1, G, d_in).transpose(0, 1)
         out_GMJ = torch.bmm(x_GMI, cast(self.weight, x_BTR))
-        return out_GMJ.transpose(0, 1).reshape(x_BTR.shape)
+        return out_GMJ.transpose(0, 1).reshape(*x_BTR.shape[:-1], -1)
 
     def add_bias(self, product_BTR: Tensor) -> Tensor:
         return product_BTR if self.bias is None else product_BTR + cast(self.bias, product_BTR)

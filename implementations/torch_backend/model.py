@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from implementations.config import ModelConfig
+from implementations.parameters import is_exact
 from implementations.torch_backend.kernels.cross_entropy import cross_entropy, mean_cross_entropy
 from implementations.torch_backend.layers import MLP, AddRMSNorm, Embedding, RMSNorm
 
@@ -21,9 +22,9 @@ def load_mixer(name: str) -> ModuleType:
 
 
 def cast(model: "Model") -> None:
-    """Parameters in the dtype of products; the decay of the RG-LRU is never below float32."""
+    """Parameters in the dtype of products, but for those that are never below float32."""
     for name, parameter in model.named_parameters():
-        if not name.endswith(".a_param"):
+        if not is_exact(name):
             parameter.data = parameter.data.to(model.dtype)
 
 

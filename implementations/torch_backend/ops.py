@@ -15,9 +15,9 @@ from implementations.ops import OPS as TRUTH
 from implementations.ops import chunks_of
 from implementations.torch_backend import layers, model
 from implementations.torch_backend.kernels.cross_entropy import cross_entropy as nll_of
+from implementations.torch_backend.kernels.gate import bounded_sqrt as root
 from implementations.torch_backend.kernels.gated_gelu import gated_gelu
 from implementations.torch_backend.kernels.linear_scan import linear_scan
-from implementations.torch_backend.kernels.rg_lru import bounded_sqrt as root
 from implementations.torch_backend.kernels.rg_lru import rg_lru as gated_scan
 from implementations.torch_backend.kernels.rope import rope as turn
 from implementations.torch_backend.mixers import mqa, rg_lru
@@ -60,8 +60,8 @@ def causal_conv(
 
 
 def block_diagonal(s: Settings, params: dict, x_BTR: Tensor) -> tuple:
-    num_blocks, width = params["weight"].shape[0], x_BTR.shape[-1]
-    module = loaded(layers.BlockDiagonal(num_blocks, width, "bias" in params), params)
+    G, I, J = params["weight"].shape  # noqa: E741
+    module = loaded(layers.BlockDiagonal(G, G * I, G * J, "bias" in params), params)
     return (module.add_bias(module(x_BTR)),)
 
 
@@ -81,8 +81,10 @@ def recurrence(
 
 def timed_recurrence(s: Settings, **inputs: Tensor) -> tuple:
     """From the gates' pre-activations on, which hold their biases."""
+    absent = dict.fromkeys(("a_gate_BTR", "input_gate_BTR", "a_param_R"))
     biases = {"a_bias_R": None, "input_bias_R": None}
-    return gated_scan(**inputs, **biases, variant=s.kernels["linear_scan"])
+    given = absent | inputs | biases | rg_lru.form_of(s.config)
+    return gated_scan(**given, variant=s.kernels["linear_scan"])
 
 
 def rope(s: Settings, params: dict, x_BTNH: Tensor, position_BT: Tensor) -> tuple:

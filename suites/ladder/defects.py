@@ -315,16 +315,16 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_decay_grows",  # a > 1: the root is of a negative number, and all is NaN
-        f"{TORCH}.kernels.rg_lru",
-        "= -DECAY * F.softplus(",
-        "= DECAY * F.softplus(",
+        f"{TORCH}.kernels.gate",
+        "return -(1.0 if gate.has_time_step",
+        "return (1.0 if gate.has_time_step",
         "L1",
     ),
     Defect(
         "torch_decay_parameter_negated",
-        f"{TORCH}.kernels.rg_lru",
-        "F.softplus(a_param_R.to(wide))",
-        "F.softplus(-a_param_R.to(wide))",
+        f"{TORCH}.kernels.gate",
+        "softplus(a_param_R)",
+        "softplus(-a_param_R)",
         "L1",
     ),
     Defect(
@@ -357,7 +357,7 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_unclipped_root",  # where 1 - a^2 is below 2.5e-7
-        f"{TORCH}.kernels.rg_lru",
+        f"{TORCH}.kernels.gate",
         "u.clamp(min=1 / (4 * MAX_SQRT_GRADIENT**2))",
         "u",
         "L3",
@@ -448,10 +448,10 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_subtracted_square",
-        f"{TORCH}.kernels.rg_lru",
+        f"{TORCH}.kernels.gate",
         "-torch.expm1(2 * log_a_BTR)",
         "1 - torch.exp(log_a_BTR).bfloat16().float() ** 2"
-        " if x_BTR.dtype == torch.bfloat16 else -torch.expm1(2 * log_a_BTR)",
+        " if a_gate_BTR.dtype == torch.bfloat16 else -torch.expm1(2 * log_a_BTR)",
         "L7",
     ),
     Defect(
@@ -492,9 +492,9 @@ TORCH_DEFECTS = (
     ),
     Defect(
         "torch_gate_in_bfloat16",
-        f"{TORCH}.kernels.rg_lru",
-        "torch.sigmoid(a_gate_BTR.to(wide))",
-        "torch.sigmoid(a_gate_BTR).to(wide)",
+        f"{TORCH}.kernels.gate",
+        "torch.sigmoid(a_gate_BTR.to(dtype))",
+        "torch.sigmoid(a_gate_BTR).to(dtype)",
         "L7",
     ),
 )
@@ -524,16 +524,16 @@ TRITON_DEFECTS = (
     ),
     Defect(
         "torch_triton_no_reset",
-        f"{TORCH}.kernels.rg_lru",
+        f"{TORCH}.kernels.gate",
         "is_start = position == 0",
         "is_start = position == -1",
         "L2",
     ),
     Defect(
         "torch_triton_gradient_of_decay",
-        f"{TORCH}.kernels.rg_lru",
-        "dlog_a = g * a * (h - a * slope * i * x)",
-        "dlog_a = g * a * (h + a * slope * i * x)",
+        f"{TORCH}.kernels.gate",
+        "dlog_a = g * a * (h - a * slope * inflow)",
+        "dlog_a = g * a * (h + a * slope * inflow)",
         "L3",
     ),
     Defect(
