@@ -37,7 +37,12 @@ SHOWN = ("suite", "family", "size", "backend", "dtype", "device_kind", "data", "
          "repeats", "task", "task_digest", "checkpoint.path")  # fmt: skip
 _OWN_NAMES = ("backend", "family", "size", "dtype", "device_kind", "data", "suite",
               *RESOLVED)  # fmt: skip
-_ABSENT = {"kernels.layers": "auto", "num_devices": "1"}  # what a run leaves out
+_ABSENT = {
+    "kernels.layers": "auto",
+    "num_devices": "1",
+    "model.decay_exponent": "8.0",
+    "model.normalize_input": "true",
+}  # what a run leaves out
 _SHORT = {"model.family": "family", "model.size": "size", "data.name": "data",
           "workload.phase": "work_phase"}  # fmt: skip
 

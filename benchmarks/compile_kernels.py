@@ -41,6 +41,8 @@ from torch._library.custom_ops import CustomOpDef
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from implementations.config import GATES
+
 NUM_PROCESSES = 2
 
 
@@ -153,6 +155,39 @@ def rg_lru_step(dtype: str) -> None:
             )  # fmt: skip
 
 
+def gates(dtype: str) -> None:
+    """The other gates of rg_lru and of its step, by their switches."""
+    from implementations.torch_backend.kernels.rg_lru import rg_lru
+    from implementations.torch_backend.kernels.rg_lru_step import rg_lru_step
+
+    for gate, normalize_input in other_gates():
+        kind, form = GATES[gate], {"gate": gate, "normalize_input": normalize_input}
+        own, block = R // 2 if kind.is_complex else R, R // 16
+        has = (kind.has_recurrence_gate, kind.has_input_gate)
+        biases = [empty(own) if one else None for one in has]
+        a_param_R = empty(own) if kind.has_a_param else None
+        form["theta_R"] = empty(own) if kind.is_complex else None
+
+        products = [empty(B, T, own, dtype=dtype) if one else None for one in has]
+        inputs = (empty(B, T, R, dtype=dtype), *products, *biases, a_param_R, positions(B, T))
+        backward(*rg_lru(*inputs, empty(B, R), "triton", **form))
+
+        with torch.no_grad():
+            x_BR, weight_GIJ = empty(B, R, dtype=dtype), empty(16, block, own // 16, dtype=dtype)
+            weights = [weight_GIJ if one else None for one in has]
+            state = (empty(B, 0, R, dtype=dtype), empty(B, R))
+            inputs = (x_BR, x_BR, None, None, *weights, *biases, a_param_R, positions(B), *state)
+            rg_lru_step(*inputs, **form)
+
+
+def other_gates() -> Iterator[tuple[str, bool]]:
+    """(gate, normalize_input)"""
+    yield "rg_lru", False
+    for gate in GATES:
+        if gate != "rg_lru":
+            yield gate, True
+
+
 def attention(dtype: str) -> None:
     from implementations.torch_backend.kernels.attention import attention
 
@@ -225,6 +260,7 @@ CASES: dict[str, Callable[[str], None]] = {
         linear_scan,
         rg_lru,
         rg_lru_step,
+        gates,
         attention,
         attention_step,
         rope,

@@ -30,7 +30,7 @@ MAX_FLAT_SIDE = 16
 # Ops that can be timed alone: rg_lru from its gates' pre-activations on, without the products that
 # make them. What the model keeps in float32 stays so.
 TIMED_OPS = ("linear_scan", "rg_lru")
-WIDE_INPUTS = ("h0_BR", "a_param_R")
+WIDE_INPUTS = ("h0_BR", "a_param_R", "theta_R")
 IGNORED = -1  # a target that is not scored
 
 

@@ -25,7 +25,7 @@ from suites.harness.cluster import Cluster
 from suites.harness.rounds import MOST_ROUNDS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MODEL_GROUPS = ("settings", "size", "family")  # together they make a model; later ones win
+MODEL_GROUPS = ("settings", "size", "family", "gate")  # together they make a model; later ones win
 GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
 VALUES = ("dtype", "device_kind", "checkpoint")
@@ -382,8 +382,9 @@ class Files:
         except HydraException as error:
             raise ValueError(f"configs: {str(error).splitlines()[0]}") from None
 
-    def model(self, settings: str, size: str, family: str) -> dict[str, Any]:
-        return self._values["model"] | self._values[self._places["model", settings, size, family]]
+    def model(self, *names: str) -> dict[str, Any]:
+        """Of one choice of each of MODEL_GROUPS."""
+        return self._values["model"] | self._values[self._places["model", *names]]
 
     def choice(self, group: str, name: str) -> dict[str, Any]:
         return self._values[self._places[group, name]]

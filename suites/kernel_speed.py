@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from implementations import cost
-from implementations.config import choose
+from implementations.config import GATES, ModelConfig, choose
 from implementations.engine import TIMED_OPS, Engine, OptimizerConfig, Unsupported
 from suites.harness.measure import (
     bounds,
@@ -76,7 +76,7 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         raise Unsupported(f"family={run.model.family} has no recurrence: suite=kernel_speed.")
     if not hasattr(engine, "prepare_op"):
         raise Unsupported(f"backend={run.backend} has no op that can be timed alone.")
-    inputs, doutputs = draw(work, run.model.d_rnn, run.seed)
+    inputs, doutputs = draw(work, run.model, run.seed)
     call = engine.prepare_op(work.op, inputs, doutputs if work.phase == "train" else None)
     del inputs, doutputs
 
@@ -113,12 +113,12 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
 
 
 def draw(
-    work: Workload, d_rnn: int, seed: int
+    work: Workload, model: ModelConfig, seed: int
 ) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The op's inputs by name, and gradients of every state and of the last one; decays as a model
     has them when its training starts."""
-    rng = np.random.default_rng(seed)
-    B, T, R = work.batch_size, work.seq_len, d_rnn
+    rng, gate = np.random.default_rng(seed), GATES[model.gate]
+    B, T, R, own = work.batch_size, work.seq_len, model.d_rnn, model.d_gate
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
@@ -127,8 +127,16 @@ def draw(
         a_BTR = np.float32(0.9) + np.float32(0.099) * rng.random((B, T, R), np.float32)
         inputs = {"a_BTR": a_BTR, "x_BTR": normal(B, T, R)}
     else:
-        inputs = {name: normal(B, T, R) for name in ("x_BTR", "a_gate_BTR", "input_gate_BTR")}
-        inputs["a_param_R"] = rng.uniform(-9, -4.3, R).astype(np.float32)  # a^8 in 0.9 to 0.999
+        inputs = {"x_BTR": normal(B, T, R)}
+        if gate.has_recurrence_gate:  # a time step is 0.001 to 0.1
+            inputs["a_gate_BTR"] = normal(B, T, own) - np.float32(5 * gate.has_time_step)
+        if gate.has_input_gate:
+            inputs["input_gate_BTR"] = normal(B, T, own)
+        if gate.has_a_param:
+            low, high = (0, 1) if gate.has_time_step else (-9, -4.3)  # a^8 in 0.9 to 0.999
+            inputs["a_param_R"] = rng.uniform(low, high, own).astype(np.float32)
+        if gate.is_complex:
+            inputs["theta_R"] = rng.uniform(0, 0.1 * np.pi, own).astype(np.float32)
         inputs["position_BT"] = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     inputs["h0_BR"] = normal(B, R)
     return inputs, (normal(B, T, R), normal(B, R))

@@ -58,7 +58,7 @@ def decay_and_input(x_BTR, a_gate_BTR, input_gate_BTR, a_param_R, position_BT, h
 @pytest.mark.parametrize("op", TIMED_OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_timed_is_the_op(backend, op, variant):
-    inputs, doutputs = kernel_speed.draw(workload(op), HAWK.d_rnn, seed=0)
+    inputs, doutputs = kernel_speed.draw(workload(op), HAWK, seed=0)
     engine = load_engine(backend)(HAWK, kernels=Kernels(linear_scan=variant))
     outputs, grads = engine.prepare_op(op, inputs, doutputs)()
     engine.synchronize()
@@ -74,7 +74,7 @@ def test_what_is_timed_is_the_op(backend, op, variant):
 
 
 def test_gradients_of_the_gated_scan_are_equal_in_both_backends():
-    inputs, doutputs = kernel_speed.draw(workload("rg_lru"), HAWK.d_rnn, seed=1)
+    inputs, doutputs = kernel_speed.draw(workload("rg_lru"), HAWK, seed=1)
     inputs["position_BT"] = inputs["position_BT"] + 1  # a document start would drop h0
     jax, torch = (
         load_engine(name)(HAWK).prepare_op("rg_lru", inputs, doutputs)()[1] for name in BACKENDS

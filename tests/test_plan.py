@@ -14,6 +14,7 @@ from suites import compose
 from suites.harness import plan, provenance, syntax
 from suites.harness.execute import Task
 from suites.harness.record import write
+from suites.harness.run import Run
 
 # paper.md section 2 (arXiv:2402.19427 table 2, counted exactly): without embeddings, 16 blocks.
 NON_EMBEDDING = {
@@ -46,6 +47,7 @@ def files():
             "settings": ["paper"],
             "size": [*NON_EMBEDDING, *RECURRENT_GEMMA, "tiny"],
             "family": ["mqa", "mqa_local", "hawk", "griffin"],
+            "gate": ["rg_lru", "lru"],
         }
     )
 
@@ -53,18 +55,18 @@ def files():
 def test_every_size_and_family_has_the_papers_parameters(files):
     for size, counts in NON_EMBEDDING.items():
         for family, count in counts.items():
-            config = build(ModelConfig, files.model("paper", size, family), size)
+            config = build(ModelConfig, files.model("paper", size, family, "rg_lru"), size)
             assert cost.num_params_non_embedding(config) == count, (size, family)
     for size, (total, non_embedding) in RECURRENT_GEMMA.items():
-        config = build(ModelConfig, files.model("paper", size, "griffin"), size)
+        config = build(ModelConfig, files.model("paper", size, "griffin", "rg_lru"), size)
         assert cost.num_params(config) == total
         assert cost.num_params_non_embedding(config) == non_embedding
 
 
 def test_a_family_comes_after_its_size(files):
-    assert files.model("paper", "7b", "mqa")["window_size"] is None
-    assert files.model("paper", "7b", "mqa_local")["window_size"] == 1024
-    assert files.model("paper", "tiny", "griffin")["window_size"] == 32
+    assert files.model("paper", "7b", "mqa", "rg_lru")["window_size"] is None
+    assert files.model("paper", "7b", "mqa_local", "rg_lru")["window_size"] == 1024
+    assert files.model("paper", "tiny", "griffin", "rg_lru")["window_size"] == 32
 
 
 def test_released_settings_are_those_that_recurrent_gemma_sets_itself():
@@ -340,3 +342,15 @@ def test_planning_imports_no_framework(tmp_path):
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     frameworks = {"jax", "torch", "triton", "transformers", "optax"}
     assert not loaded & {*frameworks, "pandas", "matplotlib", "submitit"}
+
+
+def test_what_a_gate_is_set_to_is_in_the_id_and_its_defaults_are_not():
+    """Runs from before these settings keep their ids."""
+    asked = ("suite=training_speed", "suite.seq_lens=[64]", "family=hawk")
+    plain = runs_of(*asked)[0]
+    assert not {"decay_exponent", "normalize_input"} & plain.to_json()["model"].keys()
+    assert Run.from_json(plain.to_json()) == plain
+    for override in ("model.decay_exponent=4", "model.normalize_input=false", "gate=lru"):
+        other = runs_of(*asked, override)[0]
+        assert other.run_id != plain.run_id
+        assert Run.from_json(other.to_json()) == other

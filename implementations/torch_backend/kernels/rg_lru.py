@@ -192,6 +192,8 @@ class _RGLRU(torch.autograd.Function):
 
         def launch(flow_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
             tile = tile_of("backward", end_BCR)
+            if is_shared:  # whose gates lie apart from their channels: two rows spill
+                tile["ROWS"] = 1
             _backward_kernel[grid(end_BCR, tile)](
                 *given, h0_BR, h_BTR, dh_BTR, flow_BCR, end_BCR, product_BCR,
                 dx_BTR, *dgates_BTR, *sums_BCR, T, R, ctx.chunk_len or T, *ctx.form,
