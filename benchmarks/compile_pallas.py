@@ -19,6 +19,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -39,15 +40,21 @@ from benchmarks.compile_kernels import (
     problems_of,
     read_cuda,
 )
+from implementations.config import GATES
 from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import rg_lru
 
 TARGETS = [name for name, chip in CHIPS.items() if chip.target.backend == "cuda"]
 
 
+# (gate, normalize_input)
+FORMS = [(gate, True) for gate in GATES] + [("rg_lru", False), ("cg_lru", False)]
+
+
 @dataclass(frozen=True)
 class Lowered:
     name: str
+    form: str
     num_warps: int
     num_stages: int
     code: str  # in Triton's intermediate representation
@@ -59,16 +66,31 @@ def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 
 def scans(dtype: str) -> Iterator[Lowered]:
     steps, state = shape(B, T, R, dtype=dtype), shape(B, R)
-    yield from lowered(linear_scan, (steps, steps, state), (steps, state))
-    inputs = (steps, steps, steps, shape(R), shape(B, T, dtype="int32"), state)
-    yield from lowered(rg_lru, inputs, (steps, state))
+    inputs = {"a_BTR": steps, "x_BTR": steps, "h0_BR": state}
+    yield from lowered(linear_scan, inputs, (steps, state), "")
+    for gate, normalize_input in FORMS:
+        kind, own = GATES[gate], R // 2 if GATES[gate].is_complex else R
+        products, params = shape(B, T, own, dtype=dtype), shape(own)
+        inputs = {
+            "x_BTR": steps,
+            "a_gate_BTR": products if kind.has_recurrence_gate else None,
+            "input_gate_BTR": products if kind.has_input_gate else None,
+            "a_param_R": params if kind.has_a_param else None,
+            "position_BT": shape(B, T, dtype="int32"),
+            "h0_BR": state,
+            "theta_R": params if kind.is_complex else None,
+        }
+        op = partial(rg_lru, gate=gate, normalize_input=normalize_input)
+        form = gate if normalize_input else f"{gate}, inputs as they are"
+        yield from lowered(op, inputs, (steps, state), form)
 
 
-def lowered(op, inputs: tuple, doutputs: tuple) -> Iterator[Lowered]:
+def lowered(op, inputs: dict, doutputs: tuple, form: str) -> Iterator[Lowered]:
     """The kernels of an op, forward and backward."""
 
-    def run(inputs: tuple, doutputs: tuple) -> tuple:
-        outputs, pull = jax.vjp(lambda *inputs: op(*inputs, "pallas_gpu"), *inputs)
+    def run(inputs: dict, doutputs: tuple) -> tuple:
+        op_of = partial(op, variant="pallas_gpu")
+        outputs, pull = jax.vjp(lambda inputs: op_of(**inputs), inputs)
         return outputs, pull(doutputs)
 
     module = jax.jit(run).trace(inputs, doutputs).lower(lowering_platforms=("cuda",))
@@ -78,7 +100,7 @@ def lowered(op, inputs: tuple, doutputs: tuple) -> Iterator[Lowered]:
             dialect.dialect.register_dialect(context)
             code = str(ir.Module.parse(settings["ir"].value_bytes))
         numbers = [ir.IntegerAttr(settings[key]).value for key in ("num_warps", "num_stages")]
-        yield Lowered(ir.StringAttr(settings["name"]).value, *numbers, code)
+        yield Lowered(ir.StringAttr(settings["name"]).value, form, *numbers, code)
 
 
 def calls(operation) -> Iterator:
@@ -102,7 +124,7 @@ def compiled(kernel: Lowered, dtype: str, target: str) -> Row:
     return Row(
         kernel=kernel.name,
         target=target,
-        config=f"{dtype} num_warps={kernel.num_warps}",
+        config=" ".join(filter(None, (kernel.form, dtype, f"num_warps={kernel.num_warps}"))),
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=made.metadata.shared,

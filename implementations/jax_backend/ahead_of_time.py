@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.stages import Traced
 
 from implementations import parameters
-from implementations.config import ModelConfig
+from implementations.config import GATES, ModelConfig
 from implementations.engine import (
     Batch,
     Compiled,
@@ -29,7 +29,7 @@ from implementations.engine import (
     check_dtype,
     tpu_of,
 )
-from implementations.jax_backend import model
+from implementations.jax_backend import model, ops
 from implementations.jax_backend.engine import (
     decode_program,
     extend_program,
@@ -37,7 +37,6 @@ from implementations.jax_backend.engine import (
     program,
     train_program,
 )
-from implementations.jax_backend.kernels.rg_lru import rg_lru
 from implementations.jax_backend.optimizer import adamw
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -96,12 +95,23 @@ class Compiler:
         if "rg_lru" not in self.config.layer_mixers:
             raise Unsupported(f"family={self.config.family} has no recurrence to compile alone.")
         B, T, R = batch_size, seq_len, self.config.d_rnn
+        gate, own = GATES[self.config.gate], self.config.d_gate
         x_BTR = jax.ShapeDtypeStruct((B, T, R), self.dtype)
+        gate_BTR = jax.ShapeDtypeStruct((B, T, own), self.dtype)
         position_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-        a_param_R, h_BR = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((R,), (B, R)))
-        inputs = (x_BTR, x_BTR, x_BTR, a_param_R, h_BR)
+        param_R, h_BR = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((own,), (B, R)))
+        inputs = {"x_BTR": x_BTR, "h0_BR": h_BR}
+        for name, shape, is_there in (
+            ("a_gate_BTR", gate_BTR, gate.has_recurrence_gate),
+            ("input_gate_BTR", gate_BTR, gate.has_input_gate),
+            ("a_param_R", param_R, gate.has_a_param),
+            ("theta_R", param_R, gate.is_complex),
+        ):
+            if is_there:
+                inputs[name] = shape
         there = self._there(inputs, position_BT, (x_BTR, h_BR))
-        return compiled(recurrence_program.trace(*there, kernels=self.kernels))
+        settings = ops.Settings(self.config, self.kernels, self.dtype)
+        return compiled(recurrence_program.trace(*there, settings=settings))
 
     @property
     def _params(self) -> dict:
@@ -131,16 +141,12 @@ def first_device(topology: str) -> jax.Device:
     return found.devices[0]
 
 
-@program(static=("kernels",))
-def recurrence_program(inputs: tuple, position_BT: Array, doutputs: tuple, *, kernels: Kernels):
+@program(static=("settings",))
+def recurrence_program(
+    inputs: dict, position_BT: Array, doutputs: tuple, *, settings: ops.Settings
+) -> tuple:
     """Outputs, and the gradients of all inputs."""
-
-    def run(x_BTR: Array, a_gate_BTR: Array, input_gate_BTR: Array, a_param_R: Array, h0_BR: Array):
-        gates = (a_gate_BTR, input_gate_BTR, a_param_R)
-        return rg_lru(x_BTR, *gates, position_BT, h0_BR, kernels.linear_scan)
-
-    outputs, pull = jax.vjp(run, *inputs)
-    return outputs, pull(doutputs)
+    return ops.timed("rg_lru", settings, inputs, {"position_BT": position_BT}, doutputs)
 
 
 def compiled(traced: Traced) -> Compiled:

@@ -59,10 +59,10 @@ def causal_conv(
 @watched
 def block_diagonal(params: dict, x_BTR: Array) -> Array:
     """One small linear layer for each of the G blocks of channels."""
-    B, T, R = x_BTR.shape
+    B, T, _ = x_BTR.shape
     G, width, _ = params["weight"].shape
     x = x_BTR.reshape(B * T, G, width).swapaxes(0, 1)  # G leads: a plain batch of products
-    return add_bias((x @ params["weight"]).swapaxes(0, 1).reshape(B, T, R), params)
+    return add_bias((x @ params["weight"]).swapaxes(0, 1).reshape(B, T, -1), params)
 
 
 @watched

@@ -17,6 +17,7 @@ from implementations.engine import Batch, Kernels
 from implementations.jax_backend.activations import watched
 from implementations.jax_backend.kernels.cross_entropy import mean_cross_entropy
 from implementations.jax_backend.layers import add_rms_norm, embed, mlp, rms_norm, unembed
+from implementations.parameters import is_exact
 
 
 def load_mixer(name: str) -> ModuleType:
@@ -45,10 +46,10 @@ def flat(tree: dict, prefix: str = "") -> dict[str, Array]:
 
 
 def cast(params: dict, dtype: str) -> dict:
-    """Parameters in the dtype of products; the decay of the RG-LRU is never below float32."""
+    """Parameters in the dtype of products, but for those that are never below float32."""
 
     def cast_one(path: tuple, value: Array) -> Array:
-        return value if path[-1].key == "a_param" else value.astype(dtype)
+        return value if is_exact(path[-1].key) else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast_one, params)
 

@@ -14,9 +14,9 @@ from implementations.config import ModelConfig
 from implementations.engine import Kernels
 from implementations.jax_backend import layers, model
 from implementations.jax_backend.kernels.cross_entropy import cross_entropy as nll
+from implementations.jax_backend.kernels.gate import bounded_sqrt as bounded_sqrt_of
 from implementations.jax_backend.kernels.gated_gelu import gated_gelu
 from implementations.jax_backend.kernels.linear_scan import linear_scan
-from implementations.jax_backend.kernels.rg_lru import bounded_sqrt as bounded_sqrt_of
 from implementations.jax_backend.kernels.rg_lru import rg_lru as gated_scan
 from implementations.jax_backend.kernels.rope import rope as rotate
 from implementations.jax_backend.mixers import mqa, rg_lru
@@ -67,12 +67,14 @@ def scan(s: Settings, params: dict, a_BTR: Array, x_BTR: Array, h0_BR: Array) ->
 
 
 def recurrence(s: Settings, params: dict, x_BTR: Array, position_BT: Array, h0_BR: Array) -> tuple:
-    return rg_lru.rg_lru(params, x_BTR, position_BT, h0_BR, s.kernels.linear_scan)
+    return rg_lru.rg_lru(params, x_BTR, position_BT, h0_BR, s.config, s.kernels.linear_scan)
 
 
 def timed_recurrence(s: Settings, **inputs: Array) -> tuple:
     """From the gates' pre-activations on."""
-    return gated_scan(**inputs, variant=s.kernels.linear_scan)
+    absent = dict.fromkeys(("a_gate_BTR", "input_gate_BTR", "a_param_R"))
+    given = absent | inputs | rg_lru.form_of(s.config)
+    return gated_scan(**given, variant=s.kernels.linear_scan)
 
 
 def rope(s: Settings, params: dict, x_BTNH: Array, position_BT: Array) -> tuple:

@@ -139,14 +139,14 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_decay_without_factor",
-        f"{JAX}.kernels.rg_lru",
-        "-DECAY * jax.nn.softplus(",
+        f"{JAX}.kernels.gate",
+        "-exponent * jax.nn.softplus(",
         "-jax.nn.softplus(",
         "L1",
     ),
     Defect(
         "jax_scan_reads_other_documents",
-        f"{JAX}.kernels.rg_lru",
+        f"{JAX}.kernels.gate",
         "jnp.where(is_start, 0, jnp.exp(log_a))",
         "jnp.exp(log_a)",
         "L1",
@@ -183,7 +183,7 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_unclipped_root",  # where 1 - a^2 is below 2.5e-7
-        f"{JAX}.kernels.rg_lru",
+        f"{JAX}.kernels.gate",
         "jnp.maximum(u, floor)",
         "u",
         "L3",
@@ -239,10 +239,10 @@ JAX_DEFECTS = (
     ),
     Defect(
         "jax_subtracted_square",
-        f"{JAX}.kernels.rg_lru",
+        f"{JAX}.kernels.gate",
         "-jnp.expm1(2 * log_a)",
         "1 - jax.lax.reduce_precision(jnp.exp(log_a), 8, 7) ** 2"
-        " if x.dtype == jnp.bfloat16 else -jnp.expm1(2 * log_a)",
+        " if a_gate.dtype == jnp.bfloat16 else -jnp.expm1(2 * log_a)",
         "L7",
     ),
     Defect(
@@ -620,8 +620,8 @@ PALLAS_DEFECTS = (
     Defect(
         "jax_pallas_gradient_of_decay",
         f"{JAX}.kernels.gate",
-        "dlog_a = g * a * (h - a * slope * i * x)",
-        "dlog_a = g * a * (h + a * slope * i * x)",
+        "h - across * entering",
+        "h + across * entering",
         "L3",
     ),
     Defect(

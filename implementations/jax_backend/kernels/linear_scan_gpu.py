@@ -131,19 +131,25 @@ def _backward_kernel(
 class Lanes:
     """The grid of all programs: each owns a lane, one sequence and BLOCK_R of its channels."""
 
-    def __init__(self, B: int, T: int, R: int) -> None:
+    def __init__(self, B: int, T: int, R: int, sharing: int = 1) -> None:
+        """sharing: so many sequences, one after the other, have their gates in common."""
         if B * T * R >= MAX_ELEMENTS:
             raise Unsupported(
                 f"pallas_gpu counts elements in 32 bits: batch {B} x {T} steps x {R} channels is "
                 f"{B * T * R}; fewer than {MAX_ELEMENTS} are possible. Take another linear_scan."
             )
         self.T, self.R = T, R
+
+        def owner(b: Array) -> Array:
+            return jax.lax.div(b, sharing)
+
         self.grid = (B, pl.cdiv(R, BLOCK_R))
         self.state_shape = jax.ShapeDtypeStruct((B, R), jnp.float32)
         self.steps = pl.BlockSpec((None, T, BLOCK_R), lambda b, r: (b, 0, r))
+        self.shared = pl.BlockSpec((None, T, BLOCK_R), lambda b, r: (owner(b), 0, r))
         self.state = pl.BlockSpec((None, BLOCK_R), lambda b, r: (b, r))
         self.channels = pl.BlockSpec((BLOCK_R,), lambda b, r: (r,))
-        self.numbers = pl.BlockSpec((None, T), lambda b, r: (b, 0))
+        self.numbers = pl.BlockSpec((None, T), lambda b, r: (owner(b), 0))
 
 
 class Lane:
@@ -176,10 +182,12 @@ class Lane:
     def is_step(self, t: Array) -> Array:
         return (t >= 0) & (t < self.T)
 
-    def read(self, t: Array, *refs: jax.Ref) -> list[Array]:
+    def read(self, t: Array, *refs: jax.Ref | None) -> list[Array | None]:
         mask = self.is_channel & self.is_step(t)
-        loaded = [pltriton.load(ref.at[t], mask=mask, other=0) for ref in refs]
-        return [x.astype(jnp.float32) for x in loaded]
+        loaded = [
+            None if ref is None else pltriton.load(ref.at[t], mask=mask, other=0) for ref in refs
+        ]
+        return [None if x is None else x.astype(jnp.float32) for x in loaded]
 
     def read_before(self, t: Array, h_ref: jax.Ref, h0: Array) -> Array:
         """The state before step t."""
@@ -190,14 +198,18 @@ class Lane:
         """One of each step, the same for all channels."""
         return pltriton.load(ref.at[t], mask=self.is_step(t), other=0)
 
-    def write(self, t: Array, *pairs: tuple[jax.Ref, Array]) -> None:
+    def write(self, t: Array, *pairs: tuple[jax.Ref | None, Array | None]) -> None:
         mask = self.is_channel & self.is_step(t)
         for ref, value in pairs:
-            pltriton.store(ref.at[t], value.astype(ref.dtype), mask=mask)
+            if ref is not None:
+                pltriton.store(ref.at[t], value.astype(ref.dtype), mask=mask)
 
-    def read_state(self, ref: jax.Ref) -> Array:
+    def read_state(self, ref: jax.Ref | None) -> Array | None:
+        if ref is None:
+            return None
         return pltriton.load(ref.at[:], mask=self.is_channel, other=0)
 
-    def write_state(self, *pairs: tuple[jax.Ref, Array]) -> None:
+    def write_state(self, *pairs: tuple[jax.Ref | None, Array | None]) -> None:
         for ref, value in pairs:
-            pltriton.store(ref.at[:], value, mask=self.is_channel)
+            if ref is not None:
+                pltriton.store(ref.at[:], value, mask=self.is_channel)

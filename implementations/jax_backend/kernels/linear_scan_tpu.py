@@ -152,8 +152,13 @@ def _backward_kernel(
 class Tile:
     """The block of steps and channels that a program holds at once, and the grid of all of them."""
 
-    def __init__(self, B: int, T: int, R: int, *, reverse: bool = False) -> None:
+    def __init__(self, B: int, T: int, R: int, *, reverse: bool = False, sharing: int = 1) -> None:
+        """sharing: so many sequences, one after the other, have their gates in common."""
         self.T, self.reverse = T, reverse
+
+        def owner(b: Array) -> Array:
+            return jax.lax.div(b, sharing)  # to lower // Mosaic would ask for the device
+
         self.block_r = min(BLOCK_R, pl.cdiv(R, LANES) * LANES)
         self.num_blocks = pl.cdiv(T, BLOCK_T)
         self.grid = (B, pl.cdiv(R, self.block_r), self.num_blocks)
@@ -161,13 +166,18 @@ class Tile:
         self.steps = pl.BlockSpec(
             (None, BLOCK_T, self.block_r), lambda b, r, k: (b, self.block(k), r)
         )
+        self.shared = pl.BlockSpec(
+            (None, BLOCK_T, self.block_r), lambda b, r, k: (owner(b), self.block(k), r)
+        )
         self.before = pl.BlockSpec(
             (None, BEFORE, self.block_r),
             lambda b, r, k: (b, jnp.maximum(self.block(k) * (BLOCK_T // BEFORE) - 1, 0), r),
         )
         self.state = pl.BlockSpec((None, 1, self.block_r), lambda b, r, k: (b, 0, r))
         self.channels = pl.BlockSpec((1, self.block_r), lambda b, r, k: (0, r))
-        self.numbers = pl.BlockSpec((None, 1, BLOCK_T), lambda b, r, k: (b, 0, self.block(k)))
+        self.numbers = pl.BlockSpec(
+            (None, 1, BLOCK_T), lambda b, r, k: (owner(b), 0, self.block(k))
+        )
 
     def buffer(self, num_rows: int = SEGMENTS * PITCH) -> Any:
         """Memory of a program, float32. The lanes of one register are innermost: in this form alone

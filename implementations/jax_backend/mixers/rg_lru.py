@@ -3,7 +3,7 @@
 Source: arXiv:2402.19427 section 2.4.  Twin: implementations/torch_backend/mixers/rg_lru.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -25,7 +25,7 @@ class State(NamedTuple):
 def empty_state(config: ModelConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> State:
     R = config.d_rnn
     return State(
-        jnp.zeros((batch_size, config.conv_width - 1, R), dtype),
+        jnp.zeros((batch_size, max(config.conv_width - 1, 0), R), dtype),
         jnp.zeros((batch_size, R), jnp.promote_types(dtype, jnp.float32)),
     )
 
@@ -43,23 +43,41 @@ def mixer(
     past = empty_state(config, x_BTD.shape[0], 0, x_BTD.dtype) if state is None else state
     gate_BTR = linear(params["linear_y"], x_BTD)
     x_BTR = linear(params["linear_x"], x_BTD)
-    x_BTR, conv_BWR = causal_conv(
-        params["conv_1d"], x_BTR, position_BT, past.conv_BWR, kernels.layers
+    conv_BWR = past.conv_BWR
+    if config.conv_width:
+        x_BTR, conv_BWR = causal_conv(
+            params["conv_1d"], x_BTR, position_BT, conv_BWR, kernels.layers
+        )
+    h_BTR, h_BR = rg_lru(
+        params["rg_lru"], x_BTR, position_BT, past.h_BR, config, kernels.linear_scan
     )
-    h_BTR, h_BR = rg_lru(params["rg_lru"], x_BTR, position_BT, past.h_BR, kernels.linear_scan)
     y_BTD = linear(params["linear_out"], gated_gelu(gate_BTR, h_BTR, kernels.layers))
     return y_BTD, None if state is None else State(conv_BWR, h_BR)
 
 
 @watched
 def rg_lru(
-    params: dict, x_BTR: Array, position_BT: Array, h0_BR: Array, variant: str
+    params: dict,
+    x_BTR: Array,
+    position_BT: Array,
+    h0_BR: Array,
+    config: ModelConfig,
+    variant: str,
 ) -> tuple[Array, Array]:
-    """The unit with its gates; of one token without a scan."""
-    a_gate_BTR = block_diagonal(params["a_gate"], x_BTR)
-    input_gate_BTR = block_diagonal(params["input_gate"], x_BTR)
-    inputs, a_param_R = (x_BTR, a_gate_BTR, input_gate_BTR), params["a_param"]
+    """The unit with its gates; of one token without a scan. What a gate lacks is None."""
+    gates = [
+        block_diagonal(params[name], x_BTR) if name in params else None
+        for name in ("a_gate", "input_gate")
+    ]
+    a_param_R, form = params.get("a_param"), {"theta_R": params.get("theta")} | form_of(config)
     if x_BTR.shape[1] == 1:
-        h_BR = rg_lru_step(*(x[:, 0] for x in inputs), a_param_R, position_BT, h0_BR, variant)
+        inputs = [None if v is None else v[:, 0] for v in (x_BTR, *gates)]
+        h_BR = rg_lru_step(*inputs, a_param_R, position_BT, h0_BR, variant, **form)
         return h_BR[:, None].astype(x_BTR.dtype), h_BR
-    return rg_lru_kernel.rg_lru(*inputs, a_param_R, position_BT, h0_BR, variant)
+    return rg_lru_kernel.rg_lru(x_BTR, *gates, a_param_R, position_BT, h0_BR, variant, **form)
+
+
+def form_of(config: ModelConfig) -> dict[str, Any]:
+    """What a config says of the equations."""
+    names = ("gate", "decay_exponent", "normalize_input")
+    return {name: getattr(config, name) for name in names}
