@@ -16,7 +16,7 @@ import pytest
 
 from implementations.config import build
 from implementations.engine import IGNORED
-from suites.harness import corpora
+from suites.harness import corpora, tasks
 from suites.harness import data as harness_data
 from suites.harness.data import (
     batch_digest,
@@ -471,7 +471,9 @@ def test_every_data_config_is_a_data_config():
     for path in found:
         data = build(DataConfig, yaml.safe_load(path.read_text()), path.name)
         assert data.name == path.stem
-        if data.source in ("text", "jsonl", "tokens"):
+        if tasks.is_task(data):
+            tasks.check(data, (1024,))
+        elif data.source in ("text", "jsonl", "tokens"):
             with pytest.raises(ValueError, match="paths is empty"):
                 corpora.check(data)
         else:

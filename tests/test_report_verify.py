@@ -316,7 +316,7 @@ def test_the_command_fails_on_a_difference_and_names_it(copied, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
-    [(["--verify", "nothing_here"], "did you mean"), (["--verify"], "aerie report"),
+    [(["--verify", "nothing_here"], "known: "), (["--verify"], "aerie report"),
      (["--verify", "quickstart"], "aerie report quickstart"),
      (["--verify", "a", "b"], "one report"), (["--verify", "--figure", "x"], "--figure")],
 )  # fmt: skip
@@ -328,4 +328,4 @@ def test_a_report_that_is_not_there_is_one_line(tmp_path, arguments, hint):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert hint.lower() in done.stderr.lower() or "quickstart, scan_speed" in done.stderr
+    assert hint in done.stderr

@@ -148,7 +148,7 @@ class Run:
             "data": DataConfig,
             "optimizer": OptimizerConfig,
         }
-        if "checkpoint" in values:
+        if values.get("checkpoint") is not None:
             nested["checkpoint"] = Start
         parts = {key: build(kind, values[key], key) for key, kind in nested.items()}
         return cls(**(values | parts))
