@@ -166,6 +166,8 @@ class _RGLRU(torch.autograd.Function):
 
         def launch(h0_BCR: Tensor, end_BCR: Tensor, product_BCR: Tensor | None) -> None:
             tile = tile_of("forward", end_BCR)
+            if gate == "gru" or not normalize_input:  # four rows spill, on sm_80 and sm_100
+                tile["ROWS"] = min(tile["ROWS"], 2)
             _forward_kernel[grid(end_BCR, tile)](
                 *given, h0_BCR, h_BTR, end_BCR, product_BCR,
                 T, R, chunk_len or T, gate, normalize_input, product_BCR is not None, **tile,
@@ -194,6 +196,8 @@ class _RGLRU(torch.autograd.Function):
             tile = tile_of("backward", end_BCR)
             if is_shared:  # whose gates lie apart from their channels: two rows spill
                 tile["ROWS"] = 1
+            if ctx.form[0] == "no_recurrence_gate":  # spills on sm_80, with more channels a thread
+                tile["num_warps"] *= 2
             _backward_kernel[grid(end_BCR, tile)](
                 *given, h0_BR, h_BTR, dh_BTR, flow_BCR, end_BCR, product_BCR,
                 dx_BTR, *dgates_BTR, *sums_BCR, T, R, ctx.chunk_len or T, *ctx.form,
