@@ -70,7 +70,7 @@ def _models(frame: pd.DataFrame) -> list[dict[str, Any]]:
         asked = json.loads(row["settings"])
         work, start = asked["workload"], asked.get("checkpoint") or {}
         task = work["task"]
-        for name in ("task", "task_folder", "task_digest"):
+        for name in ("task", "task_folder", "task_digest", "batch_size"):  # one model
             work.pop(name, None)
         start.pop("path", None)
         one = made.setdefault(
