@@ -33,16 +33,6 @@ PATTERNS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n auto --dist loadgroup`: the tests of a file share a worker, as they share what
-    is dear to set up; all that start a Slurm share one too, and their cluster."""
-    for item in items:
-        starts_slurm = {"slurm", "slurm_without_accounting", "own"} & set(item.fixturenames)
-        group = "slurm" if starts_slurm else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def in_32_bits() -> Iterator[None]:
     """As in every process that runs kernels of Pallas. An engine in float64 switches JAX to 64 bits

@@ -26,7 +26,7 @@ def home(tmp_path_factory):
 
 def aerie(*arguments, cwd):
     return subprocess.run(
-        [AERIE, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=1800
+        [AERIE, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=3600
     )
 
 

@@ -250,7 +250,8 @@ JAX_DEFECTS = (
         f"{JAX}.kernels.rg_lru",
         "h_BTR.astype(x_BTR.dtype), h_BR",
         "h_BTR.astype(x_BTR.dtype),"
-        " jax.lax.reduce_precision(h_BR, 8, 7) if x_BTR.dtype == jnp.bfloat16 else h_BR",
+        " __import__('jax').lax.reduce_precision(h_BR, 8, 7)"
+        " if x_BTR.dtype == jnp.bfloat16 else h_BR",
         "L7",
     ),
     Defect(
