@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis import checks, comparisons, derive, settings, statistics, style, vocabulary
+from analysis import checks, comparisons, derive, quality, settings, statistics, style, vocabulary
 from analysis.tables import Table
 
 
@@ -40,16 +40,26 @@ def caveats(frame: pd.DataFrame) -> list[str]:
             f"{_count(resumed, 'run')} went on from a checkpoint: seconds, start-up times and peak "
             "memory are those of the last process alone; losses are of all steps."
         )
-    quality = cells[cells["suite"] == "language_modeling"]
-    if len(quality):
-        seeds = int(quality["num_seeds"].min())
+    learned = cells[cells["suite"] == "language_modeling"]
+    if len(learned):
+        counts = learned.groupby("cell_id")["num_seeds"].max()
+        seeds, few = int(counts.min()), int((counts == 1).sum())
         if seeds == 1:
+            who = "Language modeling has" if few == len(counts) else \
+                f"{few} of {len(counts)} cells of language modeling have"  # fmt: skip
             made.append(
-                "Language modeling has one seed: no spread between seeds is known, so a small "
+                f"{who} one seed: no spread between seeds is known, so a small "
                 "difference may be chance."
             )
         elif seeds < 3:
             made.append(f"Language modeling has {seeds} seeds; 3 or more are needed for a spread.")
+    above = quality.above_ngrams(frame)["is_above"]
+    if above.any():
+        made.append(
+            f"{int(above.sum())} of {_count(len(above), 'language model')} are not below an "
+            "order-3 n-gram model of the same text: they have learned too little to be compared."
+        )
+    made += quality.edges(frame)
     speeds = cells[cells["metric"].isin(vocabulary.SPEEDS)]
     bare = int((speeds["parity"] != checks.GREEN).sum())
     if bare:

@@ -15,6 +15,7 @@ from analysis import statistics
 from analysis.derive import outcomes, processes
 
 MIN_SIZES = 4  # below: no band
+MIN_FREEDOM = 4  # of the noise: seeds beyond the first of each size; below: no band
 NUM_RESAMPLES = 1999
 AGAINST = {"train_flops": "training FLOPs", "num_params_non_embedding": "parameters"}
 _EXPONENTS = (1e-3, 3.0)  # among which one is sought beside an irreducible loss
@@ -32,6 +33,7 @@ class PowerLaw:
     interval: statistics.Interval | None  # of the exponent
     num_sizes: int
     num_seeds: int  # of the size that has the fewest
+    most_seeds: int
     least: float  # the smallest x, and
     most: float  # the largest
     draws: np.ndarray | None  # [resample, (log A, b, E)]
@@ -60,6 +62,8 @@ class PowerLaw:
             exponent += f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
         beside = f" towards {self.irreducible:.2f}" if self.irreducible else ""
         seeds = f"{self.num_seeds} seed{'s' if self.num_seeds > 1 else ''} each"
+        if self.most_seeds > self.num_seeds:
+            seeds = f"{self.num_seeds} to {self.most_seeds} seeds"
         text = (
             f"Loss falls{beside} as {what} to the power of -{exponent}, fitted to {self.num_sizes} "
             f"sizes of {seeds} that span {self.span_decades:.1f} decades, {self.least:.2g} to "
@@ -67,8 +71,10 @@ class PowerLaw:
         )
         if self.num_sizes < MIN_SIZES:
             text += f" With fewer than {MIN_SIZES} sizes there is no band."
-        elif self.num_seeds < 2:
+        elif self.most_seeds < 2:
             text += " One seed shows no noise: there is no band."
+        elif self.draws is None:
+            text += " So few seeds do not show the noise: there is no band."
         return text
 
 
@@ -106,9 +112,9 @@ def fit(
 
     Without an irreducible loss that is a line through logarithms. The band and the interval of the
     exponent are a bootstrap over seeds: deviations from the mean of their size, in logarithms and
-    widened by sqrt(n / (n - 1)) for the mean they were taken from, are pooled and drawn again;
-    percentiles are expanded as Student's t is for as many deviations. It holds what seeds leave
-    open, not that sizes may follow no power law.
+    widened by sqrt(n / (n - 1)) for the mean they were taken from, are pooled and drawn again, for
+    sizes of a single seed too; percentiles are expanded as Student's t is for as many deviations.
+    It holds what seeds leave open, not that sizes may follow no power law.
     """
     x, loss = np.asarray(x, dtype=float), np.asarray(loss, dtype=float)
     if not ((x > 0) & (loss > 0)).all():
@@ -121,9 +127,10 @@ def fit(
     (found,) = _solve(np.log(sizes), means[None], irreducible)
     draws, interval, tail = None, None, 0.0
     freedom = len(x) - len(sizes)
-    if len(sizes) >= MIN_SIZES and counts.min() > 1:
+    if len(sizes) >= MIN_SIZES and freedom >= MIN_FREEDOM:
         rng = np.random.default_rng(0)
-        apart = (logs - means[place]) * np.sqrt(counts / (counts - 1))[place]
+        widened = np.sqrt(counts / np.maximum(counts - 1, 1))[place]
+        apart = ((logs - means[place]) * widened)[counts[place] > 1]
         moved = [
             mean + rng.choice(apart, (NUM_RESAMPLES, count)).mean(axis=1)
             for mean, count in zip(means, counts, strict=True)
@@ -140,6 +147,7 @@ def fit(
         interval=interval,
         num_sizes=len(sizes),
         num_seeds=int(counts.min()),
+        most_seeds=int(counts.max()),
         least=float(sizes[0]),
         most=float(sizes[-1]),
         draws=draws,

@@ -26,6 +26,7 @@ from analysis import (
     latex,
     lengths,
     page,
+    quality,
     recall,
     remember,
     settings,
@@ -82,12 +83,14 @@ def sections(
     peaks = tables.peaks(frame)
     tasks = recall.table(frame)
     answered = downstream.table(frame)
+    learned = quality.tables(frame)
     ablations = tables.ablations(frame, {by: first for by, _, first in beside if by != "backend"})
     return [
         *(told if is_of_paper else ()),
         Section("matching", "Matching certificate", [tables.certificate(frame)]),
         Section("tables", "Side by side", [*brief, *([bounds] if bounds.rows else [])],
                 note=_sweeps(frame), empty="No run in this store can be compared."),
+        *([Section("quality", "What was learned", learned)] if learned else ()),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
         *([Section("recall", tasks.title, [tasks])] if tasks.rows else []),

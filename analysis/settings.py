@@ -30,6 +30,8 @@ ALONG = {
     "backend": ("kernels.linear_scan", "kernels.attention", "kernels.layers", "kernels.interpret",
                 "kernels.compile"),
 } | {name: (f"kernels.{name}",) for name in RESOLVED}  # fmt: skip
+TUNED = "tuned"  # the name of an optimizer whose values were searched for each family alike, and
+TUNED_ALONG = ("optimizer.learning_rate", "optimizer.weight_decay")  # what differs by that
 # Settings that tables show in columns of their own; the others tell variants apart.
 SHOWN = ("suite", "family", "size", "backend", "dtype", "device_kind", "data", "op", "work_phase",
          "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
@@ -124,6 +126,11 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
     if is_step.any():
         tokens = table["batch_size"].astype(float) * table["seq_len"].astype(float)
         kept = kept.assign(batch_size=table["batch_size"].mask(is_step, tokens.astype(str)))
+    if by == "family":  # each at its own best: see configs/optimizer/tuned.yaml
+        is_tuned = table["optimizer.name"] == TUNED if "optimizer.name" in table else False
+        for name in TUNED_ALONG:
+            if name in kept:
+                kept = kept.assign(**{name: kept[name].mask(is_tuned, TUNED)})
     if kept.columns.empty:
         return pd.Series(0, index=table.index)
     return kept.groupby(list(kept), dropna=False, sort=False).ngroup()
@@ -139,7 +146,8 @@ def _numbered(table: pd.DataFrame) -> pd.DataFrame:
 
 def is_shrinking(by: str, suite: str) -> bool:
     """Whether batches shrink as this setting grows: a training step has always as many tokens."""
-    return by == "seq_len" and suite in ("training_speed", "length_extrapolation", "length_domains")
+    suites = ("training_speed", "language_modeling", "length_extrapolation", "length_domains")
+    return by == "seq_len" and suite in suites
 
 
 @remembered

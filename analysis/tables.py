@@ -25,6 +25,7 @@ from suites.harness.record import METRICS, PASSES
 NONE = "-"
 MAX_ROWS = 200  # texts of a table: a page of 100,000 records must still open; its CSV has every row
 RUNS = {"": ("run_ids",)}
+BASELINES = ("unigram_bits_per_byte", "ngram_bits_per_byte")  # what a language model must beat
 # the labels in METRICS say GiB, MiB
 SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20, "op_bytes": 2.0**20}
 SCAN_CLAIM = (
@@ -121,6 +122,7 @@ def side_by_side(
         "one cell differ by on this machine, 0.5 to 2%. Not resolved: too small a difference of "
         "losses for so few seeds; the one named would be found four times in five."
     )
+    note += _detectable(found)
     if by == "linear_scan":
         note += f" {SCAN_CLAIM}"
     note = note if suite is None else ""  # the brief table has said it
@@ -350,6 +352,7 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
                 f"settings, with 95% intervals; of two settings (x), beyond the sum of both. "
                 f"Seeds are blocks ({one.num_seeds}); p is adjusted for all rows (Holm)."
             )
+            note += _detectable(one.effects.assign(metric=metrics[0]))
             if one.num_missing:
                 note += (
                     f" {one.num_missing} of {one.num_cells + one.num_missing} cells are missing."
@@ -376,6 +379,21 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
     return made
 
 
+def _detectable(found: pd.DataFrame) -> str:
+    """Of the first quality in a table the least difference that so few seeds find."""
+    rows = found[found["metric"].isin(vocabulary.QUALITIES) & found["detectable"].notna()]
+    if rows.empty:
+        return ""
+    metric = rows["metric"].iloc[0]
+    ends = rows.loc[rows["metric"] == metric, "detectable"]
+    low, high = (f"{value:.2g}" for value in (ends.min(), ends.max()))
+    span = low if low == high else f"{low} to {high}"
+    return (
+        f" Minimum detectable effect, found four times in five: {span} {METRICS[metric].unit} of "
+        f"{_metric_name(metric)}."
+    )
+
+
 def _effect_verdict(row: dict[str, Any], unit: str) -> str:
     if row["verdict"] == factorial.NOT_RESOLVED and not pd.isna(row["detectable"]):
         return f"{row['verdict']} ({row['detectable']:.2g} {unit} would be)"
@@ -390,7 +408,7 @@ def number(value: Any, metric: str | None = None) -> str:
     if metric == "max_batch_size":
         return f"{value:,.0f}"
     size = abs(value)
-    if metric in (*vocabulary.QUALITIES, "unigram_bits_per_byte") and size < 1000:
+    if metric in (*vocabulary.QUALITIES, *BASELINES) and size < 1000:
         return f"{value:.3f}"
     if size >= 1000:
         return f"{value:,.0f}"

@@ -12,7 +12,8 @@ HEADLINES = {
     "decode_latency": ("tpot_ms", "decode_time_s", "mbu", "cache_bytes"),
     "decode_throughput": ("tokens_per_s", "max_batch_size"),
     "kernel_speed": ("op_time_ms", "mbu", "peak_memory_bytes"),
-    "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte"),
+    "language_modeling": ("bits_per_byte", "loss", "unigram_bits_per_byte",
+                          "ngram_bits_per_byte"),
     "recall": ("accuracy_over_lengths", "accuracy_by_length"),
     "downstream": ("accuracy",),
     "length_extrapolation": ("loss_beyond", "loss"),
@@ -23,11 +24,11 @@ SPEEDS = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
 TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
          "op_time_ms")  # fmt: skip
 # compared by difference, not by ratio
-QUALITIES = ("bits_per_byte", "loss", "train_loss", "loss_beyond", "accuracy",
+QUALITIES = ("bits_per_byte", "loss", "train_loss", "held_out_loss", "loss_beyond", "accuracy",
              "accuracy_over_lengths", "accuracy_by_length")  # fmt: skip
 # one value for each `at`
-CURVES = ("train_loss", "loss_by_position", "loss_up_to", "loss_by_length", "loss_error",
-          "num_documents")  # fmt: skip
+CURVES = ("train_loss", "held_out_loss", "loss_by_position", "loss_up_to", "loss_by_length",
+          "loss_error", "num_documents")  # fmt: skip
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 
 

@@ -61,7 +61,7 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
     """The request in a list of overrides; `bare` stands before them where no suite is named."""
     typed = parse(overrides)
     experiment, scale = typed.pop("experiment", None), typed.pop("scale", None)
-    question = None
+    question, along = None, []
     if experiment is None:
         below: dict[str, list[Any]] = {}
         if scale is not None:
@@ -84,13 +84,14 @@ def read(overrides: Iterable[str], *, bare: Iterable[str] = ()) -> Request:
         values, where = _experiment(title)
         question = values.get("question")
         parts = _experiment_parts(values, where, _scale(values, where, scale), typed)
+        along = _along(values.get("along") or {}, where, typed)
     wanted = [_groups(part) for _, part in parts]
     together = {group: list(dict.fromkeys(n for part in wanted for n in part[group]))
                 for group in defaults()}  # fmt: skip
     suites = list(dict.fromkeys(suite for suite, _ in parts))
     files = Files(together | {"suite": suites})
     _check_suite_keys(suites, typed, files)
-    settings = [made for suite, part in parts for made in _cross(suite, part, files)]
+    settings = [made for suite, part in parts for made in _cross(suite, part, files, along)]
     clusters = [
         build(Cluster, values, f"cluster={name}")
         for name, values in _clusters(parts[0][1], files).items()
@@ -201,7 +202,7 @@ def _experiment(name: str) -> tuple[dict[str, Any], str]:
     choose("experiment", name, tuple(choices("experiment")), "configs/experiment")
     where = f"configs/experiment/{name}.yaml"
     values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "experiment" / f"{name}.yaml"))
-    known = ("question", "overrides", "suites", "scales")
+    known = ("question", "overrides", "suites", "scales", "along")
     for key in values:
         choose("key", key, known, where)
     if not values.get("suites"):
@@ -233,6 +234,23 @@ def _scale(values: dict[str, Any], where: str, typed: list[Any] | None) -> dict[
             for data in found["suites"][suite]:
                 choose("data", str(data), tuple(own), f"{where}, scale {name}, suite {suite}")
     return found
+
+
+def _along(
+    values: dict[str, list[str]], where: str, typed: dict[str, list[Any]]
+) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(key, its value, what goes along with it): `size=cpu_50k: [suite.num_steps=500]`. What was
+    typed wins over that too."""
+    made = []
+    for choice, overrides in values.items():
+        ((key, value),) = parse([choice]).items()
+        found = {name: _single(name, swept) for name, swept in parse(overrides).items()}
+        for name in found:
+            if name in GROUPS:
+                raise ValueError(f"{where}, along {choice}: {name!r} is a group; name settings.")
+        kept = {name: value for name, value in found.items() if name not in typed}
+        made.append((key, _single(key, value), kept))
+    return made
 
 
 def _experiment_parts(
@@ -304,16 +322,24 @@ def _groups(overrides: dict[str, list[Any]]) -> dict[str, list[str]]:
     }
 
 
-def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[dict[str, Any]]:
-    """One settings dict for each combination of swept values, the first key varying slowest."""
+def _cross(
+    suite: str,
+    overrides: dict[str, list[Any]],
+    files: "Files",
+    along: Iterable[tuple[str, Any, dict[str, Any]]] = (),
+) -> list[dict[str, Any]]:
+    """One settings dict for each combination of swept values, the first key varying slowest; what
+    goes along with a value follows it."""
     groups = _groups(overrides)
     known = files.choice("suite", suite)
+
+    def reaches(key: str) -> bool:
+        return not (key.startswith("suite.") and key.split(".")[1] not in known)
+
     values = {
         key: swept
         for key, swept in overrides.items()
-        if key not in GROUPS
-        and not key.startswith("cluster.")
-        and not (key.startswith("suite.") and key.split(".")[1] not in known)
+        if key not in GROUPS and not key.startswith("cluster.") and reaches(key)
     }
     made = []
     del groups["cluster"]
@@ -324,7 +350,11 @@ def _cross(suite: str, overrides: dict[str, list[Any]], files: "Files") -> list[
         has_window = names["family"] != "mqa" or len(groups["family"]) == 1
         own = {k: v for k, v in values.items() if has_window or k != "model.window_size"}
         for point in product(*own.values()):
-            made.append(_apply(copy.deepcopy(base), dict(zip(own, point, strict=True))))
+            found = dict(zip(own, point, strict=True))
+            for key, value, more in along:
+                if (names | found).get(key) == value:
+                    found |= {name: item for name, item in more.items() if reaches(name)}
+            made.append(_apply(copy.deepcopy(base), found))
     return made
 
 
@@ -349,6 +379,14 @@ def _apply(settings: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             "for attention in a window use family=mqa_local."
         )
     model.setdefault("vocab_size", settings["data"].get("vocab_size", 256))
+    for key, value in settings["optimizer"].items():
+        if isinstance(value, dict):  # of each family its own
+            if model["family"] not in value:
+                raise ValueError(
+                    f"optimizer.{key} has no value for family={model['family']}; "
+                    f"known: {', '.join(value)}. Set optimizer.{key}."
+                )
+            settings["optimizer"][key] = value[model["family"]]
     return settings
 
 

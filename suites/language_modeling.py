@@ -1,8 +1,9 @@
 """Language modeling: train on real text for a fixed number of tokens, then predict held-out text.
 
 Question: which architecture learns more from the same tokens, in the same order? Bits per byte
-compare across tokenizers; the unigram entropy of the same text is what guessing by frequency
-alone would reach.
+compare across tokenizers. Beside them stand two that know little: the unigram entropy of the same
+text, which is what guessing by frequency alone would reach, and an order-3 n-gram model that saw as
+much of the same text.
 """
 
 import math
@@ -14,10 +15,16 @@ from typing import ClassVar
 import numpy as np
 
 from implementations.engine import IGNORED, Batch, Engine, OptimizerConfig
-from suites.harness import data, train
-from suites.harness.measure import peak_memory_bytes, sample
+from suites.harness import data, ngram, train
+from suites.harness.measure import counted_as, peak_memory_bytes, sample
 from suites.harness.record import Sample
 from suites.harness.run import Run, Workload
+
+# Of the curve of held-out loss. Training losses are of other text at each point: what a family
+# needs to reach the end of another's curve is told by text that is always the same. A point in
+# STEPS_A_PROBE steps is one batch, which costs a third of a step: 8% of a run at most.
+NUM_PROBES = 25
+STEPS_A_PROBE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,11 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     work = run.workload
     corpus = data.open_corpus(run.data)
     shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
-    curve = yield from train.train(run, engine, partial(batches, run))
+
+    def at_step(step: int) -> Iterator[Sample]:
+        return probe(run, engine, corpus, step)
+
+    curve = yield from train.train(run, engine, partial(batches, run), at_step)
 
     nlls, positions = [], []  # nats of every scored target, in float64; its position
     num_batches = work.num_held_out_batches
@@ -84,6 +95,29 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
         yield sample("loss_by_position", mean, at=start)
     if (memory := peak_memory_bytes(engine)) is not None:
         yield sample("peak_memory_bytes", memory)
+    are_bytes = corpus.bytes_per_token is not None and run.data.tokenizer is None
+    if are_bytes and run.checkpoint is None:  # what a checkpoint has seen is not known here
+        seen = data.train_sample(corpus, **shape, num_batches=work.num_steps)
+        held_out = data.held_out_batches(corpus, **shape, num_batches=num_batches)
+        yield sample("ngram_bits_per_byte", ngram.bits_per_byte(seen, held_out))
+
+
+def probe(run: Run, engine: Engine, corpus: data.Corpus, step: int) -> Iterator[Sample]:
+    """The held-out loss after some of the points of the training curve, and after the last step;
+    of fewer batches than the final one where training is short."""
+    work = run.workload
+    interval = max(1, work.num_steps // NUM_PROBES)
+    if step % interval and step != work.num_steps:
+        return
+    shape = {"batch_size": work.batch_size, "seq_len": work.seq_len}
+    num_batches = min(work.num_held_out_batches, max(1, work.num_steps // STEPS_A_PROBE))
+    with counted_as("evaluate"):
+        nlls = [
+            np.asarray(engine.evaluate(batch), np.float64)[batch.targets_BT != IGNORED]
+            for batch in data.held_out_batches(corpus, **shape, num_batches=num_batches)
+        ]
+    loss = train.finite(float(np.concatenate(nlls).mean()), f"evaluation after step {step}")
+    yield sample("held_out_loss", loss, at=step)
 
 
 def loss_by_position(nll: np.ndarray, position: np.ndarray) -> Iterator[tuple[int, float]]:

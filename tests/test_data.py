@@ -25,6 +25,7 @@ from suites.harness.data import (
     open_corpus,
     prepare,
     random_tokens,
+    train_sample,
 )
 from suites.harness.run import DataConfig
 
@@ -131,6 +132,21 @@ def test_held_out_windows_never_overlap_and_need_no_seed(cache, folder):
     last = bytes(few[-1].tokens_BT[-1].astype(np.uint8))
     held_out = bytes(corpus.held_out_tokens)
     assert held_out.index(last) > len(held_out) * 2 // 3  # spread over all of the text
+
+
+def test_a_sample_of_the_train_split_has_no_byte_twice(cache, folder):
+    corpus = open_corpus(text_of([folder]), cache)
+    few = list(train_sample(corpus, batch_size=2, seq_len=64, num_batches=5))
+    assert [batch.tokens_BT.shape for batch in few] == [(2, 64)] * 5
+    train = bytes(corpus.train_tokens.astype(np.uint8))
+    rows = [bytes(row.astype(np.uint8)) for batch in few for row in batch.tokens_BT]
+    places = [train.index(row) for row in rows]  # lines are numbered: each is there once
+    assert np.diff(places).min() >= 64
+    assert places[-1] > len(train) * 2 // 3
+    every = list(train_sample(corpus, batch_size=4, seq_len=64, num_batches=10**9))
+    assert len(train) - 5 * 64 < sum(batch.tokens_BT.size for batch in every) <= len(train)
+    (whole,) = train_sample(corpus, batch_size=8, seq_len=len(train) - 1, num_batches=3)
+    assert whole.tokens_BT.shape == (1, len(train) - 1)
 
 
 def test_too_long_a_sequence_is_named(cache, folder):

@@ -65,6 +65,20 @@ def test_one_seed_has_no_band_and_says_so():
     assert "One seed shows no noise" in found.sentence
 
 
+def test_the_noise_of_sizes_with_seeds_holds_for_those_of_one():
+    held = 0
+    for number in range(400):
+        x, loss = runs(noise=0.01, number=number)
+        kept = np.r_[0:13]  # of the largest size one seed
+        found = power_law.fit(x[kept], loss[kept])
+        held += found.interval[0] <= 0.12 <= found.interval[1]
+    assert 0.92 <= held / 400 <= 0.98
+    assert "5 sizes of 1 to 3 seeds that span" in found.sentence
+    few = power_law.fit(x[[0, 1, 2, 3, 6, 9, 12]], loss[[0, 1, 2, 3, 6, 9, 12]])
+    assert few.interval is None
+    assert "So few seeds do not show the noise" in few.sentence
+
+
 def test_it_says_how_little_it_spans():
     found = power_law.fit(*runs(noise=0.001))
     assert found.span_decades == pytest.approx(np.log10(300))

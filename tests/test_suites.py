@@ -7,6 +7,7 @@ once, very small.
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -345,6 +346,34 @@ def test_a_running_training_says_its_last_loss(monkeypatch, tmp_path):
         measure.begin(None)
     assert said[:4] == [(1, 150, None), (2, 150, None), (3, 150, 101.0), (4, 150, 101.0)]
     assert kept["loss"] == 248.0  # steps 148 to 150
+
+
+def test_the_held_out_loss_is_asked_of_the_same_text_at_25_points(monkeypatch):
+    engine = FakeEngine(monkeypatch, loss=3.0)
+    run = run_of("language_modeling", num_steps=250, num_held_out_batches=16)
+    asked = []
+
+    def evaluate(batch):
+        asked.append(batch.tokens_BT.tobytes())
+        return np.full(batch.targets_BT.shape, 2.0)
+
+    engine.evaluate = evaluate
+    found = [s for s in samples_of(run, engine) if s.metric == "held_out_loss"]
+    assert [s.at for s in found] == list(range(10, 251, 10))
+    assert {s.value for s in found} == {2.0}
+    assert len(asked) == 25 * 2 + 16  # a batch in each hundred steps
+    assert len({tuple(asked[i : i + 2]) for i in range(0, 50, 2)}) == 1
+
+
+def test_n_grams_are_of_bytes_alone(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{i} is a line of text\n" for i in range(900)))
+    monkeypatch.setenv("AERIE_CACHE", str(tmp_path / "cache"))
+    text = DataConfig(name="text", source="text", paths=(str(tmp_path / "a.txt"),))
+    run = replace(run_of("language_modeling"), data=text)
+    (bits,) = values_of(samples_of(run, FakeEngine(monkeypatch)), "ngram_bits_per_byte")
+    assert 0 < bits < 8
+    assert not values_of(samples_of(run_of("language_modeling"), FakeEngine(monkeypatch)),
+                         "ngram_bits_per_byte")  # fmt: skip
 
 
 def test_loss_by_position_is_bucketed_by_powers_of_two():

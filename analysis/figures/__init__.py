@@ -21,7 +21,14 @@ from analysis.figures.kernels import kernel_speed, relative_scan_time, roofline
 from analysis.figures.lengths import length_domains
 from analysis.figures.memory import memory_frontier, peak_memory
 from analysis.figures.parity import parity_by_layer, parity_error, training_parity
-from analysis.figures.quality import learning_curves, loss_by_position, scaling, window_sizes
+from analysis.figures.quality import (
+    held_out_curves,
+    learning_curves,
+    learning_rates,
+    loss_by_position,
+    scaling,
+    window_sizes,
+)
 from analysis.figures.tasks import accuracy_by_length, accuracy_by_step
 from analysis.figures.training import relative_step_time, step_time_by_scan, training_throughput
 
@@ -30,10 +37,10 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure | None]] = {
     for function in (
         relative_step_time, training_throughput, step_time_by_scan, prefill_latency,
         latency_by_tokens, decode_latency, throughput_by_tokens, decode_throughput,
-        framework_ratios, roofline, kernel_speed, relative_scan_time, learning_curves, scaling,
-        loss_by_position, length_domains, window_sizes, accuracy_by_step, accuracy_by_length,
-        gate_behaviour, memory_frontier, peak_memory, parity_error, parity_by_layer,
-        training_parity,
+        framework_ratios, roofline, kernel_speed, relative_scan_time, learning_curves,
+        held_out_curves, learning_rates, scaling, loss_by_position, length_domains, window_sizes,
+        accuracy_by_step, accuracy_by_length, gate_behaviour, memory_frontier,
+        peak_memory, parity_error, parity_by_layer, training_parity,
     )
 }  # fmt: skip
 MOST_SERIES = 12  # that a description names

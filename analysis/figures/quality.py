@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import derive, power_law, statistics, style
+from analysis import derive, power_law, quality, statistics, style
 from analysis.figures import drawing, literature
 from suites.harness.record import METRICS
 
@@ -32,6 +32,40 @@ def learning_curves(frame: pd.DataFrame) -> Figure | None:
         rows.loc[part.index, numbers] = smooth.droplevel(0)
     label = METRICS["train_loss"].label
     return drawing.lines(rows, "at", "Optimizer step", label, is_log=False, is_curve=True)
+
+
+def held_out_curves(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss by step, of the same text at every point; the median over seeds."""
+    rows = drawing.summary(frame, SUITE, "held_out_loss", at=True)
+    if rows.empty:
+        return None
+    label = METRICS["loss"].label
+    return drawing.lines(rows, "at", "Optimizer step", label, is_log=False, is_curve=True)
+
+
+def learning_rates(frame: pd.DataFrame) -> Figure | None:
+    """Held-out loss by learning rate, where it was searched, a line a weight decay."""
+    searched = quality.searched(frame).set_index("cell_id")
+    rows = drawing.summary(frame, SUITE, "loss")
+    rows = rows[rows["cell_id"].isin(searched.index)]
+    rate, decay = (rows["cell_id"].map(searched[name]) for name in quality.SEARCHED)
+    if rate.nunique() < 2:
+        return None
+    rows = rows.assign(rate=rate)
+    if decay.nunique() > 1:
+        words = "weight_decay=" + decay.map("{:g}".format)
+        rows["variant"] = [", ".join(filter(None, pair))
+                           for pair in zip(rows["variant"], words, strict=True)]  # fmt: skip
+    label = METRICS["loss"].label
+
+    def in_plain_numbers(axes: Axes, part: pd.DataFrame) -> None:
+        rates = sorted(part["rate"].unique())
+        axes.set_xscale("log")
+        axes.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
+        axes.set_xticks([], minor=True)
+
+    return drawing.lines(rows, "rate", "Learning rate", label, is_log=False,
+                         decorate=in_plain_numbers)  # fmt: skip
 
 
 def loss_by_position(frame: pd.DataFrame) -> Figure | None:

@@ -104,18 +104,15 @@ def held_out_batches(
 
     Whole batches only, and fewer than num_batches where the text ends; None: as many as there are.
     """
-    last = _last_window(corpus, "held_out", seq_len)
-    num_windows = last // seq_len + 1
-    whole = num_windows // batch_size
-    num_batches = whole if num_batches is None else min(num_batches, whole)
-    if num_batches < 1:
-        raise ValueError(
-            f"data {corpus.name!r}: the held-out split has {num_windows} windows of "
-            f"seq_len={seq_len}, fewer than batch_size={batch_size}; lower one of them."
-        )
-    chosen = np.arange(num_batches * batch_size) * num_windows // (num_batches * batch_size)
-    for window_B in chosen.reshape(num_batches, batch_size):
-        yield _windows(corpus.held_out_tokens, corpus.held_out_starts, window_B * seq_len, seq_len)
+    return _spread(corpus, "held_out", batch_size, seq_len, num_batches)
+
+
+def train_sample(
+    corpus: Corpus, *, batch_size: int, seq_len: int, num_batches: int
+) -> Iterator[Batch]:
+    """The same of the train split: as much text as a run of so many steps sees, no byte twice."""
+    num_windows = _last_window(corpus, "train", seq_len) // seq_len + 1
+    return _spread(corpus, "train", min(batch_size, num_windows), seq_len, num_batches)
 
 
 def batch_digest(stream: Iterable[Batch], num_batches: int = 8) -> str:
@@ -129,6 +126,24 @@ def batch_digest(stream: Iterable[Batch], num_batches: int = 8) -> str:
 
 
 # Batches ----------------------------------------------------------------------------------------
+
+
+def _spread(
+    corpus: Corpus, split: str, batch_size: int, seq_len: int, num_batches: int | None
+) -> Iterator[Batch]:
+    last = _last_window(corpus, split, seq_len)
+    num_windows = last // seq_len + 1
+    whole = num_windows // batch_size
+    num_batches = whole if num_batches is None else min(num_batches, whole)
+    if num_batches < 1:
+        raise ValueError(
+            f"data {corpus.name!r}: the {split.replace('_', '-')} split has {num_windows} windows "
+            f"of seq_len={seq_len}, fewer than batch_size={batch_size}; lower one of them."
+        )
+    tokens, starts = (getattr(corpus, f"{split}_{name}") for name in ("tokens", "starts"))
+    chosen = np.arange(num_batches * batch_size) * num_windows // (num_batches * batch_size)
+    for window_B in chosen.reshape(num_batches, batch_size):
+        yield _windows(tokens, starts, window_B * seq_len, seq_len)
 
 
 def _last_window(corpus: Corpus, split: str, seq_len: int) -> int:

@@ -78,6 +78,8 @@ METRICS = {
     "loss": Metric("nats/token", "lower", "Held-out loss (nats per token)"),
     "bits_per_byte": Metric("bit/B", "lower", "Held-out bits per byte"),
     "unigram_bits_per_byte": Metric("bit/B", None, "Unigram entropy (bits per byte)"),
+    "ngram_bits_per_byte": Metric("bit/B", None, "Order-3 n-grams (bits per byte)"),
+    "held_out_loss": Metric("nats/token", "lower", "Held-out loss by step (nats per token)"),
     "loss_by_position": Metric("nats/token", "lower", "Loss by position (nats per token)"),
     "loss_beyond": Metric("nats/token", "lower", "Loss beyond its training (nats per token)"),
     "loss_up_to": Metric("nats/token", "lower", "Loss up to a position (nats per token)"),
