@@ -450,6 +450,8 @@ def _quality_verdict(row: dict[str, Any], ours: str) -> str:
         return f"{ours} {row['verdict']}"
     if pd.isna(row["detectable"]) or row["num_paired_seeds"] < statistics.MIN_SEEDS:
         return _because(row)
+    if row["detectable"] == 0:  # so is the difference: one model under two names
+        return "not resolved (equal in every seed)"
     return f"not resolved ({row['detectable']:.2g} {row['unit']} would be)"
 
 

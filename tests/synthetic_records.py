@@ -139,8 +139,10 @@ def modeling(family: str, backend: str, seed: int = 0, **rest) -> Record:
     curve = [sample("train_loss", 1.6 + offset + 3.9 * np.exp(-step / 40), at=step)
              for step in range(200)]  # fmt: skip
     positions = [sample("loss_by_position", 1.7 + offset + 2 / (1 + p), at=p) for p in range(128)]
-    held = [sample("loss", 1.7 + offset), sample("bits_per_byte", 2.45 + 1.4 * offset),
-            sample("unigram_bits_per_byte", 4.6)]  # fmt: skip
+    held = [sample("held_out_loss", 1.7 + offset + 4 * np.exp(-step / 40), at=step)
+            for step in range(8, 201, 8)]  # fmt: skip
+    held += [sample("loss", 1.7 + offset), sample("bits_per_byte", 2.45 + 1.4 * offset),
+             sample("unigram_bits_per_byte", 4.6), sample("ngram_bits_per_byte", 2.9)]  # fmt: skip
     return record("language_modeling", family, backend, samples=(*curve, *positions, *held),
                   seed=seed, seq_len=128, num_steps=200, **rest)  # fmt: skip
 

@@ -43,6 +43,8 @@ def frame():
             made.append(prefill(family, backend, round))
         made += [synthetic.scaled(family, backend, 0, width) for width in (64, 128, 256)]
         made.append(errors_by_layer(family, backend))
+        made += [modeling(family, backend, model={"size": "searched"}, optimizer=optimizer(*at))
+                 for at in product((1e-3, 3e-3, 1e-2), (0.1, 0.3))]  # fmt: skip
     for backend, variant, round in product(BACKENDS, ("sequential", "analytic"), (0, 1)):
         made += [synthetic.scan(backend, variant, round, n) for n in (1024, 2048)]
         made.append(
@@ -56,6 +58,10 @@ def frame():
               for number, name in enumerate(curves) for step in (1, 2, 3)]  # fmt: skip
     made.append(record("parity", "hawk", "jax", levels=("L5",), samples=tuple(losses)))
     return frame_of(made)
+
+
+def optimizer(rate, decay):
+    return {"name": "adamw", "learning_rate": rate, "weight_decay": decay}
 
 
 def prefill(family, backend, round):
@@ -101,7 +107,7 @@ def test_every_figure_draws_with_units_a_caption_and_words(frame, name):
     assert figures.caption(name) in figures.describe(name, figure)
     named = [axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes]
     assert any(named) or name == "framework_ratios"
-    unitless = ("Optimizer step", "Family", "Layer", "Position in", "Parameters")
+    unitless = ("Optimizer step", "Family", "Layer", "Position in", "Parameters", "Learning rate")
     for axes in figure.axes:
         for label in filter(None, (axes.get_xlabel(), axes.get_ylabel())):
             has_unit = "(" in label or "tokens" in label.lower() or "relative" in label

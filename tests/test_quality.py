@@ -7,6 +7,7 @@ from synthetic_records import record, sample
 
 from analysis import answer, matching, quality, settings
 from analysis.load import frame_of
+from analysis.tables import side_by_side
 
 STEPS = np.arange(4, 101, 4)
 
@@ -182,3 +183,22 @@ def test_a_power_law_says_what_it_spans():
     assert column(table, "decades") == ["1.6", "1.6"]
     assert all(text.startswith("-0.100") for text in column(table, "exponent"))
     assert "they span 1.6 to 1.6 decades" in table.note
+
+
+# controls
+
+
+def test_one_model_under_two_names_is_not_resolved_and_half_of_it_is_worse():
+    records = []
+    for seed in range(3):
+        for name, extra in (("tiny", 0.0), ("again", 0.0), ("half", 0.2 + 0.01 * seed)):
+            model = {"lambda_init": name, "size": "tiny"}
+            records.append(trained("hawk", seed, loss=2 + 0.1 * seed + extra, model=model))
+    frame = frame_of(records)
+    verdicts = {}
+    for name in ("again", "half"):
+        table = side_by_side(frame, "model.lambda_init", name, "tiny", is_brief=True)
+        (verdicts[name],) = column(table, "verdict")
+    assert verdicts == {"again": "not resolved (equal in every seed)",
+                        "half": "lambda_init=half worse"}  # fmt: skip
+    assert "Minimum detectable effect, found four times in five: " in table.note
