@@ -126,11 +126,10 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
     if is_step.any():
         tokens = table["batch_size"].astype(float) * table["seq_len"].astype(float)
         kept = kept.assign(batch_size=table["batch_size"].mask(is_step, tokens.astype(str)))
-    if by == "family":  # each at its own best: see configs/optimizer/tuned.yaml
-        is_tuned = table["optimizer.name"] == TUNED if "optimizer.name" in table else False
-        for name in TUNED_ALONG:
-            if name in kept:
-                kept = kept.assign(**{name: kept[name].mask(is_tuned, TUNED)})
+    if by == "family" and "optimizer.name" in table:  # each at its own best
+        is_tuned = table["optimizer.name"] == TUNED
+        own = [name for name in TUNED_ALONG if name in kept]
+        kept = kept.assign(**{name: kept[name].mask(is_tuned, -2) for name in own})  # no value's
     if kept.columns.empty:
         return pd.Series(0, index=table.index)
     return kept.groupby(list(kept), dropna=False, sort=False).ngroup()
