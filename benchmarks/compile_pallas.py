@@ -36,6 +36,7 @@ from benchmarks.compile_kernels import (
     R,
     Row,
     T,
+    other_gates,
     print_table,
     problems_of,
     read_cuda,
@@ -45,10 +46,6 @@ from implementations.jax_backend.kernels.linear_scan import linear_scan
 from implementations.jax_backend.kernels.rg_lru import rg_lru
 
 TARGETS = [name for name, chip in CHIPS.items() if chip.target.backend == "cuda"]
-
-
-# (gate, normalize_input)
-FORMS = [(gate, True) for gate in GATES] + [("rg_lru", False), ("cg_lru", False)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def scans(dtype: str) -> Iterator[Lowered]:
     steps, state = shape(B, T, R, dtype=dtype), shape(B, R)
     inputs = {"a_BTR": steps, "x_BTR": steps, "h0_BR": state}
     yield from lowered(linear_scan, inputs, (steps, state), "")
-    for gate, normalize_input in FORMS:
+    for gate, normalize_input in (("rg_lru", True), *other_gates()):
         kind, own = GATES[gate], R // 2 if GATES[gate].is_complex else R
         products, params = shape(B, T, own, dtype=dtype), shape(own)
         inputs = {
