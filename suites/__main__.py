@@ -364,9 +364,11 @@ def parity(
     from suites.ladder import commands
 
     if prove or calibrate:
-        if overrides or level or against != "float64" or (prove and calibrate):
+        if level or against != "float64" or (prove and (calibrate or overrides)):
             raise typer.BadParameter("--prove and --calibrate stand alone: they take all.")
-        raise typer.Exit(commands.prove(as_json=as_json) if prove else commands.calibrate())
+        if prove:
+            raise typer.Exit(commands.prove(as_json=as_json))
+        raise typer.Exit(commands.calibrate(overrides or []))
     raise typer.Exit(
         commands.parity(
             overrides or [],

@@ -10,11 +10,13 @@ from conftest import BACKENDS, FAMILIES, tiny
 from test_suites import MODEL, run_of, suite_of, taken
 
 from implementations import ops, parameters
+from implementations.config import GATES
 from implementations.engine import IGNORED, LANGUAGES, Batch, OptimizerConfig, auto, load_engine
 from suites import parity
 from suites.harness.executors import TENSORS_VARIABLE
 from suites.ladder import calibrate, check, plan, seeds, tables, training
-from suites.ladder.check import Check, Error, error_of, kind_of, limit_of
+from suites.ladder import ops as ladder_ops
+from suites.ladder.check import OTHER_GATES, Check, Error, error_of, kind_of, limit_of
 from suites.ladder.model import chunk_plans, packed_batches
 
 
@@ -41,6 +43,32 @@ def test_both_backends_are_within_every_tolerance(climbs):
         for one in checks:
             limit = limit_of(one.field, run)
             assert not one.error.exceeds(limit), parity.words(one, one.error, limit)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("settings", [{"gate": "mamba"}, {"gate": "cg_lru", "conv_width": 0}])
+def test_the_ops_of_another_gate_are_within_every_tolerance(settings, backend):
+    run = run_of("parity", backend, "float64")
+    run = replace(run, model=replace(MODEL, **settings))
+    fields = []
+    for one in ladder_ops.checks(run, engine_of(run)):
+        fields.append(one.field)
+        limit = limit_of(one.field, run)
+        assert not one.error.exceeds(limit), parity.words(one, one.error, limit)
+    assert "L1/rg_lru/h_BTR" in fields
+    assert any("causal_conv" in field for field in fields) == bool(run.model.conv_width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "rg_lru"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_of_every_gate_is_within_every_tolerance(gate, backend, dtype):
+    run = run_of("parity", backend, dtype)
+    run = replace(run, model=replace(MODEL, gate=gate))
+    for one in parity.climb(run, engine_of(run)):
+        limit = limit_of(one.field, run)
+        assert not one.error.exceeds(limit), parity.words(one, one.error, limit)
 
 
 def test_the_ladder_holds_every_op_every_layer_and_every_parameter(climbs):
@@ -154,12 +182,13 @@ def test_every_tolerance_is_the_multiple_of_what_was_measured():
     assert found["margin"] == calibrate.MARGIN
     assert found["training"]["growth"] == calibrate.GROWTH
     num_checked = 0
-    for section in ("ours", *LANGUAGES, "peer"):
+    for section in ("ours", *LANGUAGES, "peer", OTHER_GATES):
         for dtype, fields in found[section].items():
             for kind, entry in fields.items():
                 most = calibrate.tolerance(kind, entry["measured"], entry["measured_rms"], dtype)
                 assert (entry["largest"], entry["rms"]) == most, (section, dtype, kind)
-                assert section in LANGUAGES or entry["n"] >= found["draws"]
+                if section in ("ours", "peer"):
+                    assert entry["n"] >= found["draws"]
                 num_checked += 1
     assert num_checked > 800
 

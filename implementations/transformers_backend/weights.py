@@ -46,13 +46,18 @@ def check(config: ModelConfig) -> None:
         "num_gate_blocks": "rg_lru" in config.pattern
         and config.num_gate_blocks != config.num_heads,
         "window_size": "mqa" in config.pattern and config.num_visible_keys == 1,
+        "gate": "rg_lru" in config.pattern and config.gate != "rg_lru",
+        "decay_exponent": config.decay_exponent != 8.0,
+        "normalize_input": not config.normalize_input,
+        "conv_width": config.conv_width == 0,
     }
     for name, is_refused in refused.items():
         if is_refused:
             raise Unsupported(
                 f"{config.title}: transformers' RecurrentGemma cannot have {name}="
                 f"{getattr(config, name)}; it needs a logit_soft_cap, head_dim = d_model / "
-                "num_heads, num_gate_blocks = num_heads, and a window of at least 2 keys."
+                "num_heads, num_gate_blocks = num_heads, a window of at least 2 keys, and the "
+                "paper's rg_lru after a convolution."
             )
 
 

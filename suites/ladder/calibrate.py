@@ -10,16 +10,26 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from implementations.config import GATES
 from implementations.engine import LANGUAGES
 from suites.harness import provenance
 from suites.harness.run import Run
-from suites.ladder.check import dtype_of, kind_of, level_of, section_of
+from suites.ladder.check import (
+    OTHER_GATES,
+    dtype_of,
+    has_other_gate,
+    kind_of,
+    level_of,
+    section_of,
+    tolerances,
+)
 from suites.ladder.plan import gate, need_peer
 from suites.ladder.survey import Draw, Request, draws, in_parallel
 from suites.ladder.tables import name_of
 
 NUM_DRAWS = 20  # of Griffin, which has every mixer
 NUM_OTHER_DRAWS = 7  # of each other family
+NUM_GATE_DRAWS = 3  # of each other gate: what they need beyond rg_lru is kept
 NUM_INTERPRETED_DRAWS = 5  # of each family: a minute each; what they need beyond `ours` is kept
 MARGIN = {
     "truth": {"largest": 4.0, "rms": 4.0},  # of finite differences; FLOOR: of larger models' too
@@ -38,26 +48,54 @@ Seen = dict[str, dict[str, dict[str, dict[str, float]]]]  # section, dtype, kind
 PATH = Path(__file__).with_name("tolerances.yaml")
 
 
-def calibrate(*, on_end: Callable[[int, int, str], None]) -> Path:
-    """Measures, and writes the file. ValueError where a run fails or breaks a promise."""
-    need_peer()
-    requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in gate([])]
-    seen: Seen = {name: {} for name in ("ours", *LANGUAGES, "peer")}
+# In griffin, which has every mixer, as the paper has it.
+PLACE_OF_GATES = ("family=griffin", "settings=paper")
+
+
+def calibrate(gates: list[str], *, on_end: Callable[[int, int, str], None]) -> Path:
+    """Measures, and writes the file; `gates`, if any, are overrides that choose other gates, whose
+    section alone is then measured. ValueError where a run fails or breaks a promise."""
+    chosen = gates or [f"gate={','.join(name for name in GATES if name != 'rg_lru')}"]
+    runs = gate([*PLACE_OF_GATES, *chosen])
+    if not gates:
+        need_peer()
+        runs = [*gate([]), *runs]
+    elif not all(map(has_other_gate, runs)):
+        raise ValueError(
+            "--calibrate measures all, or gates alone: gate= must name them, and not rg_lru."
+        )
+    requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in runs]
+    seen: Seen = {name: {} for name in ("ours", *LANGUAGES, "peer", OTHER_GATES)}
+    if gates:
+        seen |= {name: _before(name) for name in ("ours", *LANGUAGES, "peer")}
     ends = in_parallel(requests, draws)
     for number, (request, found) in enumerate(ends, start=1):
         for draw in found:
             _add(seen, request.run, draw)
         on_end(number, len(requests), name_of(request.run))
-    for name in LANGUAGES:
+    for name in (*LANGUAGES, OTHER_GATES):
         seen[name] = {
             dtype: {k: entry for k, entry in fields.items() if _is_wider(seen, name, dtype, k)}
             for dtype, fields in seen[name].items()
         }
-    PATH.write_text(_text(seen), encoding="utf-8")
+    PATH.write_text(_text(seen, tolerances() if gates else _head()), encoding="utf-8")
     return PATH
 
 
+def _before(name: str) -> dict[str, dict[str, dict[str, float]]]:
+    """A section of the file, as _add would have made it."""
+    return {
+        dtype: {
+            kind: {"largest": e["measured"], "rms": e["measured_rms"], "n": e["n"]}
+            for kind, e in fields.items()
+        }
+        for dtype, fields in tolerances()[name].items()
+    }
+
+
 def _num_draws(run: Run) -> int:
+    if has_other_gate(run):
+        return NUM_GATE_DRAWS
     if run.kernels.interpret:
         return NUM_INTERPRETED_DRAWS
     return NUM_DRAWS if run.model.family == "griffin" else NUM_OTHER_DRAWS
@@ -81,7 +119,7 @@ def _measured(entry: dict[str, float]) -> tuple[float, ...]:
 def _add(seen: Seen, run: Run, draw: Draw) -> None:
     if draw.failure:
         raise ValueError(f"{name_of(run)}: {draw.failure}")
-    by_dtype = seen[section_of(run)]
+    by_dtype = seen[OTHER_GATES if has_other_gate(run) else section_of(run)]
     for field, (largest, rms) in draw.errors.items():
         level = level_of(field)
         if not math.isfinite(largest) or (level == "L1" and largest > MOST_OF_AN_OP):
@@ -108,21 +146,30 @@ def _rounded_up(value: float, dtype: str) -> float:
     return float(f"{math.ceil(value / 10**exponent - 1e-9) * 10.0**exponent:.1e}")
 
 
-def _text(seen: Seen) -> str:
+def _head() -> dict[str, Any]:
     versions = {k: v for k, v in provenance.versions().items() if v}
-    head = {
+    return {
         "date": date.today().isoformat(),
         "machine": provenance.cpu_model(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "command": "aerie parity --calibrate",
         "draws": NUM_DRAWS,
     }
+
+
+HEAD = ("date", "machine", "versions", "command", "draws")
+
+
+def _text(seen: Seen, values: dict[str, Any]) -> str:
+    head = {key: values[key] for key in HEAD}
     lines = [
         "# What parity allows, by kind of field and dtype: a multiple (margin) of the largest",
         "# error measured. largest: of one element, over the largest true one; rms: both as root",
         "# mean squares. n: tensors compared, over seeds, families, settings, layers, kernels and",
         "# both backends; triton and pallas: what these kernels, interpreted, need beyond those;",
-        "# peer: transformers' RecurrentGemma. Written by the command: do not edit.",
+        "# peer: transformers' RecurrentGemma; gates: what other gates than rg_lru need beyond",
+        "# all these (--calibrate gate=... measures them alone). Written by the command: do not",
+        "# edit.",
         *(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}"
           for key, value in head.items()),
         "margin:",

@@ -28,6 +28,7 @@ LEVELS = {
     "L7": "bfloat16, ops and whole model",
     "truth": "the equations themselves: finite differences, definitions",
 }
+OTHER_GATES = "gates"  # the section of tolerances.yaml for gates other than rg_lru
 LADDER = tuple(level for level in LEVELS if level != "truth")  # what may be asked for
 
 
@@ -138,11 +139,23 @@ def dtype_of(field: str, dtype: str) -> str:
 
 
 def section(run: Run, dtype: str) -> dict[str, Any]:
-    """Tolerances by kind of field: one set for both of our backends, one for a peer; and for the
-    kernels of Triton and Pallas those that must be wider, such as where a state is bfloat16."""
+    """Tolerances by kind of field: one set for both of our backends, one for a peer; for the
+    kernels of Triton and Pallas those that must be wider, such as where a state is bfloat16; and
+    for other gates than rg_lru what they need beyond all these."""
     name = section_of(run)
-    shared = tolerances()["peer" if name == "peer" else "ours"].get(dtype, {})
-    return shared | tolerances()[name].get(dtype, {}) if name in LANGUAGES else shared
+    found = tolerances()["peer" if name == "peer" else "ours"].get(dtype, {})
+    if name in LANGUAGES:
+        found = found | tolerances()[name].get(dtype, {})
+    if has_other_gate(run):
+        found = dict(found)
+        for kind, entry in tolerances()[OTHER_GATES].get(dtype, {}).items():
+            least = found.get(kind, entry)
+            found[kind] = entry | {w: max(entry[w], least[w]) for w in ("largest", "rms")}
+    return found
+
+
+def has_other_gate(run: Run) -> bool:
+    return "rg_lru" in run.model.pattern and run.model.gate != "rg_lru"
 
 
 def section_of(run: Run) -> str:

@@ -124,10 +124,10 @@ def prove(*, as_json: bool = False) -> int:
     return AS_PLANNED if is_proved else NOT_AS_PLANNED
 
 
-def calibrate() -> int:
-    """Measures the noise of every check, and writes tolerances.yaml."""
+def calibrate(gates: list[str]) -> int:
+    """Measures the noise of every check, or of some gates', and writes tolerances.yaml."""
     with one_line():
-        path = calibration.calibrate(on_end=display.count_up("calibration"))
+        path = calibration.calibrate(gates, on_end=display.count_up("calibration"))
     print(f"tolerances: {path}")
     return AS_PLANNED
 

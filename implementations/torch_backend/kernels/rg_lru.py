@@ -8,6 +8,9 @@ which walks time as linear_scan's do. Bytes a step and channel in bfloat16, each
 8 (reads x and both pre-activations, writes h), backward 16 (reads those three, h and dh; writes
 three gradients); gates and decay are computed again, not stored. `triton_split` reads 6 more
 forward and 4 more backward. The biases of the gates are added here, where their sum costs nothing.
+A gate less is 2 fewer forward, 4 backward. cg_lru has half of each, but its x and h are float32, as
+bfloat16 once more after the turn would be seen in theta's gradient; and its gates' gradients are
+written for each channel, and then added in pairs.
 
 The block-diagonal products stay outside. A program that did them would need all channels of a gate
 block (R / 16, up to 512) at each step and its two square matrices beside them, 16 to 512 KiB where
