@@ -19,7 +19,8 @@ def domains(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for each place of each matrix: the mean loss over seeds, and the penalty, by which it
     is above that of models that were trained in the bucket that is evaluated, seed by seed."""
     rows = derive.processes(frame)
-    rows = load.words(rows[(rows["suite"] == SUITE) & rows["at"].notna()])
+    is_wanted = (rows["suite"] == SUITE) & rows["at"].notna() & rows["num_steps"].notna()
+    rows = load.words(rows[is_wanted])  # what started from a checkpoint did not train in a bucket
     variant = derive.outcomes(frame).set_index("cell_id")["variant"]
     rows = rows.assign(variant=rows["cell_id"].map(variant))
     made = []

@@ -86,8 +86,9 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
     for low, high in pairwise(work.length_buckets):
         most = work.num_held_out_batches * tokens_per_batch // high
         held_out[high] = documents.spread(_documents(corpus, "held_out", low, high, 2), most)
-    text = _trained(corpus, work).num_tokens.sum()
-    yield sample("num_passes", work.num_steps * tokens_per_batch / text)
+    if run.checkpoint is None:
+        text = _trained(corpus, work).num_tokens.sum()
+        yield sample("num_passes", work.num_steps * tokens_per_batch / text)
     curve = yield from train.train(run, engine, partial(batches, run))
 
     for high, spans in held_out.items():
@@ -99,7 +100,7 @@ def measure(run: Run, engine: Engine) -> Iterator[Sample]:
             np.add.at(total, document_B, nll_BT.sum(1))
             np.add.at(count, document_B, (batch.targets_BT != IGNORED).sum(1))
         loss = train.finite(float(total.sum() / count.sum()), f"evaluation at length {high}")
-        if high == work.seq_len:
+        if high == work.seq_len and run.checkpoint is None:
             yield sample("loss", loss)
         yield sample("loss_by_length", loss, at=high)
         yield sample("num_documents", len(spans), at=high)

@@ -10,9 +10,9 @@ from conftest import BACKENDS, tiny
 
 from implementations.engine import IGNORED, OptimizerConfig, load_engine
 from suites import compose, length_domains, length_extrapolation
-from suites.harness import data, documents, plan, train
+from suites.harness import data, documents, plan, train, trained
 from suites.harness.data import Corpus
-from suites.harness.run import DataConfig, Run
+from suites.harness.run import DataConfig, Run, Start
 
 TRAIN = [5, 9, 3, 12, 8, 30, 1, 16]  # tokens of the documents
 HELD_OUT = [40, 7, 23, 6, 16, 65, 9, 12]
@@ -285,6 +285,22 @@ def test_all_runs_see_equally_many_tokens_a_step_and_as_much_text(corpus):
 def test_a_wrong_setting_is_named(suite, values, message):
     with pytest.raises(ValueError, match=message):
         replace(suite, **values)
+
+
+def test_from_a_checkpoint_there_is_one_run_and_no_bucket_of_its_own(corpus):
+    start = Start("somewhere", "digest")
+    runs = [replace(run_of("length_domains", DOMAINS), workload=work)
+            for work in DOMAINS.workloads()]  # fmt: skip
+    made = [trained.started(run, start) for run in runs]
+    assert len({run.run_id for run in made}) == 1
+    assert {(run.workload.seq_len, run.workload.batch_size) for run in made} == {(16, 2)}
+    engine = Known(lambda target, position: target)
+    trains = list(length_domains.measure(runs[0], engine))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained, "load", lambda run, engine: None)
+        evaluates = list(length_domains.measure(made[0], engine))
+    assert curve_of(evaluates, "loss_by_length") == curve_of(trains, "loss_by_length")
+    assert not {"loss", "num_passes", "train_loss"} & {s.metric for s in evaluates}
 
 
 def test_a_bucket_without_documents_is_named(corpus):

@@ -57,6 +57,10 @@ def started(run: Run, start: Start) -> Run:
     """The same run without training: what it evaluates does not depend on how it would train."""
     default = type(run.optimizer)()
     work = replace(run.workload, phase="evaluate", num_steps=0, activation_checkpointing=False)
+    if work.length_buckets:  # no bucket is the trained one: one run for all
+        longest = work.length_buckets[-1]
+        batch_size = work.batch_size * work.seq_len // longest
+        work = replace(work, seq_len=longest, batch_size=batch_size)
     return replace(run, checkpoint=start, workload=work, optimizer=default)
 
 
