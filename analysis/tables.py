@@ -184,8 +184,7 @@ def parity(frame: pd.DataFrame) -> Table:
 
 def certificate(frame: pd.DataFrame) -> Table:
     matches = matching.certificate(frame)
-    names = ("num_params", "num_params_non_embedding", "train_flops_per_token", "num_tokens",
-             "optimizer", "data_digest", "init_digest")  # fmt: skip
+    names = matching.FACTS
     header = ["suite", "size", "compared", "matched", *names]
     common = _common([match.facts["optimizer"] for match in matches])
     rows, raw = [], []
@@ -205,7 +204,8 @@ def certificate(frame: pd.DataFrame) -> Table:
     matched = "All" if all(is_good) else f"{is_good.count(True)} of"
     note = (
         "Runs of one seed and round are held against each other. Across backends everything must "
-        "be equal; across families tokens, optimizer and data order."
+        "be equal, and both scan with a kernel written by hand or neither; across families, and "
+        "values of a setting of the model, tokens, optimizer, data order and kernels."
     )
     if matches:
         note = f"{matched} {len(matches)} comparisons are matched. {note}"

@@ -235,6 +235,38 @@ def test_the_certificate_names_what_differs(different, name):
     assert match.differs == (name,)
 
 
+def scanned(variant: str) -> dict:
+    return {"resolved_kernels": {"linear_scan": variant, "attention": "plain", "layers": "plain"}}
+
+
+@pytest.mark.parametrize(
+    ("variants", "is_matched"),
+    [
+        (("pallas_gpu", "triton"), True),
+        (("analytic", "associative"), True),
+        (("analytic", "triton"), False),
+    ],
+)
+def test_backends_scan_with_kernels_of_one_kind(variants, is_matched):
+    records = [modeling("griffin", backend, provenance=scanned(variant))
+               for backend, variant in zip(("jax", "torch"), variants, strict=True)]  # fmt: skip
+    match = matches(records)["griffin: jax, torch"]
+    assert match.is_matched is is_matched
+    assert match.differs == (() if is_matched else ("scan_kernels",))
+
+
+@pytest.mark.parametrize(("variant", "is_matched"), [("triton", True), ("analytic", False)])
+def test_gates_are_matched_where_they_run_the_same_kernels(variant, is_matched):
+    records = [
+        modeling("hawk", "torch", seed, model={"gate": gate}, provenance=scanned(kernel))
+        for gate, kernel in (("rg_lru", "triton"), ("lru", variant))
+        for seed in (0, 1)
+    ]
+    match = matches(records)["hawk torch, gate: lru, rg_lru"]
+    assert match.is_matched is is_matched
+    assert match.differs == (() if is_matched else ("kernels_used",))
+
+
 def test_a_fact_that_was_not_recorded_is_no_match():
     none = {"provenance": {"data_digest": None}}
     records = [modeling("griffin", "jax"), modeling("griffin", "torch", **none)]
