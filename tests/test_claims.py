@@ -46,7 +46,7 @@ class World:
     def records(self) -> list:
         made = [*self.training(), *self.latency(), *self.throughput()]
         if not self.in_one_block:
-            made += [*self.scans(), *self.modeling(), *self.tasks()]
+            made += [*self.scans(), *self.modeling(), *self.tasks(), *self.lengths(), *self.gates()]
         return made + (list(self.parity()) if self.is_verified else [])
 
     def pick(self, true: float, false: float) -> float:
@@ -56,12 +56,12 @@ class World:
         return value * self.rng.normal(1, 0.002)
 
     def record(self, suite: str, family: str, size: str, samples: list, *, scan="pallas_tpu",
-               **rest):  # fmt: skip
+               own=None, **rest):  # fmt: skip
         work = [rest.get(name) for name in ("op", "seq_len", "prompt_len", "num_new_tokens")]
         rest.setdefault("block", "one" if self.in_one_block else str([suite, size, *work]))
         return record(
             suite, family, "jax", samples=tuple(samples), dtype="bfloat16", device_kind=self.kind,
-            model=model(family, self.size or size), kernels={"linear_scan": scan},
+            model=model(family, self.size or size) | (own or {}), kernels={"linear_scan": scan},
             provenance={"resolved_kernels": {"linear_scan": scan, "attention": "plain",
                                              "program": "compiled"}},
             costs={
@@ -174,12 +174,44 @@ class World:
                               seq_len=seq_len, num_steps=5000,
                               data={"name": task, "source": task, "num_items": items})  # fmt: skip
 
+    def lengths(self) -> Iterator:
+        """Of 1b, trained at 2k and at 8k, MQA without RoPE too: the mean loss up to positions."""
+        models = [*((family, {}) for family in FAMILIES), ("mqa", {"rope_fraction": 0.0})]
+        for (family, own), seq_len, seed in product(models, (2048, 8192), range(self.seeds)):
+            samples = []
+            for at in (2048, 4096, 8192, 16384):
+                beyond = max(0.0, np.log2(at / seq_len))
+                slope = self.pick(-0.01, 0.02) if family != "mqa" else self.pick(0.8, -0.01)
+                late = self.pick(-0.03, 0.03) if seq_len > 2048 and family != "mqa" else 0.0
+                loss = 2.6 + late + slope * beyond + self.rng.normal(0, 0.0005)
+                samples.append(sample("loss_up_to", loss, at=at))
+            yield self.record(
+                "length_extrapolation", family, "1b", samples, seed=seed, seq_len=seq_len,
+                batch_size=131072 // seq_len, num_steps=round(TOKENS["1b"] / 131072), own=own,
+            )  # fmt: skip
+
+    def gates(self) -> Iterator:
+        """Hawk of 400m with complex gates; modeling() has it with real ones."""
+        real = 22 * TOKENS["400m"] ** -0.1 + 0.132 if self.is_true else 2.5 + 0.168
+        for seed in range(self.seeds):
+            loss = real + self.pick(0.01, -0.01) + self.rng.normal(0, 0.0005)
+            yield self.record(
+                "language_modeling", "hawk", "400m", [sample("loss", loss)], seed=seed,
+                seq_len=2048, batch_size=64, num_steps=round(TOKENS["400m"] / 131072),
+                host="node of hawk", own={"gate": "cg_lru"},
+            )  # fmt: skip
+
     def parity(self) -> Iterator:
-        for family, scan in product((*FAMILIES, "mqa_local"),
-                                    ("pallas_tpu", "sequential", "associative")):  # fmt: skip
+        """Proxies of what the others run."""
+        models = [(family, scan, {}) for family, scan in
+                  product((*FAMILIES, "mqa_local"),
+                          ("pallas_tpu", "sequential", "associative"))]  # fmt: skip
+        models += [("mqa", "pallas_tpu", {"rope_fraction": 0.0}),
+                   ("hawk", "pallas_tpu", {"gate": "cg_lru"})]  # fmt: skip
+        for family, scan, own in models:
             samples = [sample("relative_error", 1e-6, field="logits"),
                        sample("tolerance", 1e-5, field="logits")]  # fmt: skip
-            one = self.record("parity", family, "1b", samples, scan=scan, block=None)
+            one = self.record("parity", family, "1b", samples, scan=scan, block=None, own=own)
             one.run["model"]["size"] = "tiny"
             yield one
 

@@ -1,5 +1,6 @@
 """Evidence on what is learned: figure 1(a), figure 5 within the training length, figure 9."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, pairwise
@@ -23,8 +24,10 @@ from analysis.evidence.groups import (
     groups,
     in_order,
     label_of,
+    lack_of_size,
     lacks_of,
     rows_of,
+    shape_of,
 )
 from analysis.remember import remembered
 
@@ -32,6 +35,8 @@ SIZES = ("100m", "200m", "400m", "1b", "7b", "14b")  # of figure 1(a)
 LENGTHS = (2048, 4096, 8192)  # of figure 9
 MIN_SIZES = 3  # of figure 1(a), that "every" and "a power" may be said
 R_SQUARED = (0.99, INF)
+REAL, COMPLEX = "rg_lru", "cg_lru"
+RESOLVED = 0.003  # nats/token: the least difference that the paper reports
 
 
 def _losses(frame: pd.DataFrame, varied: Sequence[str], shared: Sequence[str]) -> list[Group]:
@@ -46,7 +51,8 @@ def _budgets() -> dict[str, float]:
     return dict(zip(table["size"], table["value"], strict=True))
 
 
-def _lacks(group: Group, keys: Sequence[Key], sizes: Sequence[str] = SIZES) -> list[str]:
+def lacks_of_training(group: Group, keys: Sequence[Key], sizes: Sequence[str] = SIZES) -> list[str]:
+    """What trained models lack of the paper's scale: size, window, tokens, first decays."""
     lacks = lacks_of(group, keys, sizes, device=None)
     for fact in (group.facts[key] for key in keys):
         budget = _budgets().get(fact["size"])
@@ -69,7 +75,7 @@ def _at_scale(group: Group, *families: str) -> tuple[list[Key], list[Key]]:
     for budget in dict.fromkeys(key[1:] for key in group.columns):
         keys = [(family, *budget) for family in families]
         if group.has(*keys):
-            found[bool(_lacks(group, keys))].append(budget)
+            found[bool(lacks_of_training(group, keys))].append(budget)
     return in_order(found[0]), found[1]
 
 
@@ -92,7 +98,7 @@ def loss_of_griffin(frame: pd.DataFrame) -> list[Finding]:
                                  [("griffin", *budget)], [("mqa", *budget)], BELOW_ZERO)
                 for budget in budgets
             ]  # fmt: skip
-            lacks = _lacks(group, keys) or _lacks_of_sizes(budgets)
+            lacks = lacks_of_training(group, keys) or _lacks_of_sizes(budgets)
             made += group.finding(quantities, keys, lacks, "seed")
     return made
 
@@ -111,7 +117,7 @@ def gap_of_hawk(frame: pd.DataFrame) -> list[Finding]:
                 group.difference(f"at {large[0]}", keys[2:3], keys[3:], ANY),
                 group.difference("first less second", *less, ABOVE_ZERO),
             ]
-            made += group.finding(quantities, keys, _lacks(group, keys), "seed")
+            made += group.finding(quantities, keys, lacks_of_training(group, keys), "seed")
     return made
 
 
@@ -137,7 +143,7 @@ def power_law(frame: pd.DataFrame) -> list[Finding]:
             quantities.append((quantity, len(fits)))
             used += keys
         if quantities:
-            made += group.finding(quantities, used, _lacks(group, used), "seed")
+            made += group.finding(quantities, used, lacks_of_training(group, used), "seed")
     return made
 
 
@@ -163,7 +169,7 @@ def windows(
             )
             for t in found
         ]
-        lacks = _lacks(group, keys, ("400m",))
+        lacks = lacks_of_training(group, keys, ("400m",))
         if not set(lengths) <= set(found):
             lacks.append(f"training lengths of {any_of(found)}, not {any_of(lengths)}")
         made += group.finding(quantities, keys, lacks, "seed")
@@ -199,10 +205,32 @@ def longer_training(frame: pd.DataFrame) -> list[Finding]:
                 )
                 for pair in pairs
             ]
-            lacks = _lacks(group, keys, ("1b",))
+            lacks = lacks_of_training(group, keys, ("1b",))
             if missing:
                 lacks.append(f"nothing of {' and '.join(missing)} at both")
             if (short, long) != (LENGTHS[0], LENGTHS[2]):
                 lacks.append(f"training lengths of {short:,} and {long:,}, not 2,048 and 8,192")
             made += group.finding(quantities, keys, lacks, "seed")
+    return made
+
+
+def complex_gates(frame: pd.DataFrame) -> list[Finding]:
+    """Loss with the CG-LRU less that with the RG-LRU."""
+    rows = rows_of(frame, "language_modeling", "loss")
+    shapes = [shape_of(text) for text in rows["model"]]
+    gates = [shape.get("gate", REAL) for shape in shapes]
+    bare = [{k: v for k, v in s.items() if k not in ("gate", "shared_model")} for s in shapes]
+    # but for its gate such a model is of a size of the paper
+    lacks = [lack_of_size(size, shape) for size, shape in zip(rows["size"], bare, strict=True)]
+    texts = [json.dumps(shape, sort_keys=True) for shape in bare]
+    rows = rows.assign(gate=gates, lack_of_size=lacks, ungated=texts)
+    made = []
+    shared = ["kernels", "data", "recipe", "size", "num_tokens", "seq_len", "ungated"]
+    for group in groups(rows[rows["gate"].isin([REAL, COMPLEX])], ["gate"], shared, SEED):
+        for family in ("hawk", "griffin"):
+            keys = [(family, COMPLEX), (family, REAL)]
+            if group.has(*keys):
+                label = f"loss of {label_of(family)} with complex gates less with real ones"
+                quantity = group.difference(label, keys[:1], keys[1:], (-RESOLVED, INF))
+                made += group.finding([quantity], keys, lacks_of_training(group, keys), "seed")
     return made
