@@ -138,7 +138,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         ("low", mean - half, numbers.start + skipped, np.minimum),
         ("high", mean + half, numbers.start + n - 1 - skipped, np.maximum),
     ):
-        few = outer(np.where(is_log, np.exp(np.where(is_log, end, 0)), end), made["value"])
+        with np.errstate(over="ignore"):
+            few = outer(np.where(is_log, np.exp(np.where(is_log, end, 0)), end), made["value"])
         made[name] = np.where(is_many, in_order[place], np.where(n > 1, few, np.nan))
     variant = outcomes(frame).set_index("cell_id")["variant"]
     return made.assign(variant=made["cell_id"].map(variant))

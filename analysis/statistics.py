@@ -171,7 +171,8 @@ def median_interval(values: Sequence[float]) -> Interval | None:
     if n < 2:
         return None
     if values[0] > 0:
-        low, high = (math.exp(end) for end in student_interval(np.log(values)))
+        with np.errstate(over="ignore"):  # two values, orders of magnitude apart: up to infinity
+            low, high = map(float, np.exp(student_interval(np.log(values))))
     else:
         low, high = student_interval(values)
     median = float(np.median(values))

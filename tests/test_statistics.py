@@ -233,6 +233,7 @@ def test_median_of_two_modes_lies_within_its_interval():
 @given(st.lists(st.floats(-1e6, 1e6) | st.floats(1e-3, 1e6), min_size=2, max_size=40))
 @example([1.1] * 3)
 @example([1.0, 1.0, 1.0, 1.0, 1000.0])
+@example([1.0, 4.92e-160])
 def test_a_median_always_lies_within_its_interval(values):
     low, high = statistics.median_interval(values)
     assert low <= np.median(values) <= high
