@@ -182,7 +182,7 @@ class World:
             for at in (2048, 4096, 8192, 16384):
                 beyond = max(0.0, np.log2(at / seq_len))
                 slope = self.pick(-0.01, 0.02) if family != "mqa" else self.pick(0.8, -0.01)
-                late = self.pick(-0.03, 0.03) if seq_len > 2048 and family != "mqa" else 0.0
+                late = self.pick(-0.03, 0.1) if seq_len > 2048 and family != "mqa" else 0.0
                 loss = 2.6 + late + slope * beyond + self.rng.normal(0, 0.0005)
                 samples.append(sample("loss_up_to", loss, at=at))
             yield self.record(

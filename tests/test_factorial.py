@@ -1,6 +1,9 @@
 """Factorial ablation: effects by hand, designs with holes, error rates, what is not estimable."""
 
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +16,11 @@ from analysis.load import frame_of
 from suites.harness.record import write
 
 NAMES = ("a", "b", "c")
+AERIE = Path(sys.executable).with_name("aerie")
+SWEEP = ("suite=language_modeling", "family=griffin", "size=cpu_50k", "backend=jax,torch",
+         "gate=rg_lru,lru", "model.window_size=16,32", "dtype=float32", "suite.num_steps=10",
+         "suite.batch_size=2", "suite.seq_len=64", "suite.num_held_out_batches=2",
+         "suite.seeds=[0,1,2]", "cluster.runs_in_parallel=2")  # fmt: skip
 
 
 def grid(value, seeds=range(3), levels=((0, 1), (0, 1), (0, 1)), names=NAMES) -> pd.DataFrame:
@@ -294,4 +302,22 @@ def test_an_ablation_stands_in_the_report_and_is_verified(tmp_path):
                                defaults={"model.lambda_init": ["paper"]})  # fmt: skip
     assert "lambda_init=code beside paper" in page.read_text()
     assert (tmp_path / "page" / "tables" / "ablation_language_modeling_jax.csv").is_file()
+    assert not verify.verify(page).differences
+
+
+@pytest.mark.slow
+def test_gates_and_windows_run_in_both_backends_and_are_taken_apart(tmp_path):
+    done = subprocess.run([AERIE, "run", *SWEEP], cwd=tmp_path, capture_output=True, text=True,
+                          check=False, timeout=1800)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "24 runs: 24 completed." in done.stdout
+    page = tmp_path / done.stdout.splitlines()[-1].removeprefix("report: ")
+    for backend in ("jax", "torch"):
+        found = pd.read_csv(page.parent / "tables" / f"ablation_language_modeling_{backend}.csv")
+        effects = found.set_index("effect")
+        assert set(effects.index) == {"gate", "window_size", "gate x window_size"}
+        assert effects["p_holm"].between(0, 1).all()
+    matched = pd.read_csv(page.parent / "tables" / "certificate.csv").set_index("compared")
+    assert set(matched["matched"].str.strip()) == {"matched"}
+    assert any("gate: lru, rg_lru" in name for name in matched.index)
     assert not verify.verify(page).differences

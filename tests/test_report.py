@@ -288,7 +288,8 @@ def test_every_figure_with_data_is_drawn_with_units(quickstart):
     drawn = {file.stem for file in (path.parent / "figures").glob("*.png")}
     assert drawn == {"relative_step_time", "training_throughput", "decode_latency",
                      "learning_curves", "loss_by_position", "parity_error", "peak_memory",
-                     "memory_frontier", "framework_ratios", "gate_behaviour"}  # fmt: skip
+                     "memory_frontier", "framework_ratios", "gate_behaviour",
+                     "held_out_curves"}  # fmt: skip
     figure = figures.training_throughput(analysis.load(store))
     axes = figure.axes[0]
     assert axes.get_ylabel() == "Throughput (tokens/s)"

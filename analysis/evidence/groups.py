@@ -275,6 +275,13 @@ def shape_of(text: str) -> dict[str, Any]:
 
 
 @cache
+def shared_but(text: str, setting: str) -> str:
+    """What families share of a model's settings, but for one."""
+    shared = json.loads(shape_of(text)["shared_model"])
+    return json.dumps({k: v for k, v in shared.items() if k != setting}, sort_keys=True)
+
+
+@cache
 def _without_scan(text: str) -> str:
     kernels = json.loads(text)
     return json.dumps({k: v for k, v in kernels.items() if k != "linear_scan"}, sort_keys=True)

@@ -18,6 +18,7 @@ from analysis.evidence.groups import (
     label_of,
     rows_of,
     shape_of,
+    shared_but,
 )
 from analysis.evidence.quality import lacks_of_training
 from analysis.remember import remembered
@@ -57,6 +58,8 @@ def extrapolation(frame: pd.DataFrame) -> list[Finding]:
         trained = int(group.settings["seq_len"])
         pairs = {name: [(name, GAINS * trained), (name, trained)] for name in RECURRENT}
         found = {name: pair for name, pair in pairs.items() if group.has(*pair)}
+        if not found:
+            continue
         keys = [key for pair in found.values() for key in pair]
         quantities = [
             group.difference(
@@ -77,14 +80,18 @@ def failure_of_attention(frame: pd.DataFrame) -> list[Finding]:
     rows = _rows(frame)
     shapes = [shape_of(text) for text in rows["model"]]
     is_bare = np.array([shape.get("rope_fraction", 1.0) == 0 for shape in shapes], dtype=bool)
-    rows = rows.assign(encoding=np.array(ENCODINGS, dtype=object)[is_bare.astype(int)])
+    encoding = np.array(ENCODINGS, dtype=object)[is_bare.astype(int)]
+    others = [shared_but(text, "rope_fraction") for text in rows["model"]]
+    rows = rows.assign(encoding=encoding, shared_model=others)
     made = []
     for group in groups(rows[rows["family"] == "mqa"], ["encoding", "at"],
-                        [*_SHARED, "seq_len", "num_layers", "lambda_init"], SEED):  # fmt: skip
+                        [*_SHARED, "shared_model", "seq_len"], SEED):  # fmt: skip
         trained = int(group.settings["seq_len"])
         pairs = {name: [("mqa", name, FAILS * trained), ("mqa", name, trained)]
                  for name in ENCODINGS}  # fmt: skip
         found = {name: pair for name, pair in pairs.items() if group.has(*pair)}
+        if not found:
+            continue
         keys = [key for pair in found.values() for key in pair]
         quantities = [
             group.difference(
@@ -110,6 +117,8 @@ def gain_of_longer_training(frame: pd.DataFrame) -> list[Finding]:
             wanted = [("griffin", long), ("griffin", 2 * long), ("hawk", 2 * long)]
             pairs = [[(name, long, at), (name, short, at)] for name, at in wanted]
             found = [pair for pair in pairs if group.has(*pair)]
+            if not found:
+                continue
             keys = [key for pair in found for key in pair]
             quantities = [
                 group.difference(

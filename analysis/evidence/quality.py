@@ -1,6 +1,5 @@
 """Evidence on what is learned: figure 1(a), figure 5 within the training length, figure 9."""
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, pairwise
@@ -28,6 +27,7 @@ from analysis.evidence.groups import (
     lacks_of,
     rows_of,
     shape_of,
+    shared_but,
 )
 from analysis.remember import remembered
 
@@ -218,14 +218,17 @@ def complex_gates(frame: pd.DataFrame) -> list[Finding]:
     """Loss with the CG-LRU less that with the RG-LRU."""
     rows = rows_of(frame, "language_modeling", "loss")
     shapes = [shape_of(text) for text in rows["model"]]
-    gates = [shape.get("gate", REAL) for shape in shapes]
-    bare = [{k: v for k, v in s.items() if k not in ("gate", "shared_model")} for s in shapes]
-    # but for its gate such a model is of a size of the paper
-    lacks = [lack_of_size(size, shape) for size, shape in zip(rows["size"], bare, strict=True)]
-    texts = [json.dumps(shape, sort_keys=True) for shape in bare]
-    rows = rows.assign(gate=gates, lack_of_size=lacks, ungated=texts)
+    lacks = [  # but for its gate a model is of a size of the paper
+        lack_of_size(size, {k: v for k, v in shape.items() if k != "gate"})
+        for size, shape in zip(rows["size"], shapes, strict=True)
+    ]
+    rows = rows.assign(
+        gate=[shape.get("gate", REAL) for shape in shapes],
+        lack_of_size=lacks,
+        shared_model=[shared_but(text, "gate") for text in rows["model"]],
+    )
     made = []
-    shared = ["kernels", "data", "recipe", "size", "num_tokens", "seq_len", "ungated"]
+    shared = ["kernels", "data", "recipe", "size", "num_tokens", "seq_len", "shared_model"]
     for group in groups(rows[rows["gate"].isin([REAL, COMPLEX])], ["gate"], shared, SEED):
         for family in ("hawk", "griffin"):
             keys = [(family, COMPLEX), (family, REAL)]
