@@ -60,10 +60,15 @@ def test_the_ops_of_another_gate_are_within_every_tolerance(settings, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "rg_lru"])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("gate", "dtype"),
+    [
+        *((gate, "float32") for gate in GATES if gate != "rg_lru"),
+        *(("cg_lru", dtype) for dtype in ("float64", "bfloat16")),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_of_every_gate_is_within_every_tolerance(gate, backend, dtype):
+def test_a_model_of_every_gate_is_within_every_tolerance(gate, dtype, backend):
     run = run_of("parity", backend, dtype)
     run = replace(run, model=replace(MODEL, gate=gate))
     for one in parity.climb(run, engine_of(run)):
