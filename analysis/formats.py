@@ -5,6 +5,7 @@ A label may hold anything; what a format would read as its own language is escap
 
 import gzip
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from analysis.tables import Table
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 # A spreadsheet would run a text that begins so as a formula
 _FORMULA = re.compile(r"^[=+\-@\t\r](?=.)", re.DOTALL)
+MANY = 2**16  # texts of which it is kept how they are written: most cells repeat another one's
 LARGE = 1_000_000  # rows of samples from which their CSV is compressed
 
 
@@ -29,7 +31,12 @@ def visible(text: Any) -> str:
 
 def markdown(text: Any) -> str:
     """One line of Markdown (GitHub's, with $math$) that reads as this text."""
-    text = " ".join(visible(text).split())
+    return _markdown(visible(text))
+
+
+@lru_cache(MANY)
+def _markdown(text: str) -> str:
+    text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*|~$])", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word it is no emphasis

@@ -2,10 +2,11 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
-from analysis.formats import visible
+from analysis.formats import MANY, visible
 from analysis.remember import remembered
 from analysis.tables import Table
 
@@ -50,6 +51,7 @@ def tex(text: Any) -> Tex:
     return Tex(_escaped(_line(text)))
 
 
+@lru_cache(MANY)
 def tex_cell(text: str) -> Tex:
     """As `tex`, with places to break a line: a word of a narrow column is seldom one word."""
     return Tex(r"\allowbreak{}".join(map(_escaped, filter(None, _BREAK.split(_whole(text))))))
@@ -140,6 +142,7 @@ def _fill(least: list[int], natural: list[int], room: float) -> list[float]:
     return [low + share * more for low, more in zip(least, wanted, strict=True)]
 
 
+@lru_cache(MANY)
 def _longest_word(text: str) -> int:
     """Of the pieces between the places where a line may break."""
     pieces = [piece for word in _whole(text).split(" ") for piece in _BREAK.split(word)]

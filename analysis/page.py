@@ -5,8 +5,8 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -30,13 +30,13 @@ MARKS = {
 WAYS = {" faster": "\u25b2", " better": "\u25b2", " slower": "\u25bc", " worse": "\u25bc"}
 MAX_RUNS = 200  # that a page lists behind one number; the CSV names all
 LONG_WORD = 24
+_STRIP = ("metric", "speedup", "speedup_low", "speedup_high")
 REACH = 4.0  # the strip beside a ratio goes from 1/4 to 4
 
 _NUMBER = re.compile(r"^[-+]?(\d[\d,]*\.?\d*|\.\d+)(e[-+]?\d+)?(?=x|$|\s)")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """`lead` and `rest` together are the text of the table: a value, and its interval or why."""
 
     lead: str
@@ -80,28 +80,30 @@ class Runs:
 
 def cells(table: Table, runs: Runs) -> Iterator[list[Cell]]:
     """What the page shows of each row."""
-    others = table.runs.get("", ())
-    raw = table.frame[: len(table.rows)].to_dict("records")
-    for row, facts in zip(table.rows, raw, strict=True):
+    behind = [table.runs.get(name, table.runs.get("", ())) for name in table.header]
+    wanted = {*_STRIP, *table.numbers.values(), *(name for names in behind for name in names)}
+    raw = table.frame[[name for name in table.frame if name in wanted]][: len(table.rows)]
+    for row, facts in zip(table.rows, raw.to_dict("records"), strict=True):
+        groups: dict[tuple[str, ...], str] = {}
+        for names in behind:
+            if names not in groups:
+                found = [runs.group(facts.get(name)) for name in names]
+                groups[names] = " ".join(str(group) for group in found if group is not None)
         made = []
         for place, (name, text) in enumerate(zip(table.header, row, strict=True)):
-            found = [runs.group(facts.get(column)) for column in table.runs.get(name, others)]
             column = table.numbers.get(name)
-            value = number(text) if column is None else _finite(facts[column])
-            look, mark = marked(text)
-            lead, rest = _split(text)
-            is_stop = name in table.numbers if table.numbers else place == 0
+            seen = _seen(text)
             made.append(
                 Cell(
-                    lead=lead,
-                    rest=rest,
-                    value=value,
-                    is_number=number(text) is not None,
-                    look=look,
-                    mark=mark,
-                    groups=" ".join(str(group) for group in found if group is not None),
-                    is_long=max(map(len, text.split()), default=0) > LONG_WORD,
-                    is_stop=is_stop,
+                    lead=seen.lead,
+                    rest=seen.rest,
+                    value=seen.number if column is None else _finite(facts[column]),
+                    is_number=seen.number is not None,
+                    look=seen.look,
+                    mark=seen.mark,
+                    groups=groups[behind[place]],
+                    is_long=seen.is_long,
+                    is_stop=name in table.numbers if table.numbers else place == 0,
                     strip=_strip(facts) if column == "ratio" else None,
                 )
             )
@@ -119,7 +121,8 @@ def rows(table: Table, runs: Runs) -> Iterator[Markup]:
             looks = (cell.look, "long" * cell.is_long, "number" * numeric[place])
             look = " ".join(filter(None, looks))
             value = "" if cell.value is None else f' data-value="{cell.value}"'
-            inside = _inside(cell)
+            inside = _inside(cell.lead, cell.rest, cell.mark, cell.is_number)
+            inside += _strip_svg(**cell.strip) if cell.strip else ""
             if cell.groups:
                 stop = "" if cell.is_stop else ' tabindex="-1"'
                 inside = f'<a href="#runs" data-runs="{cell.groups}"{stop}>{inside}</a>'
@@ -130,7 +133,7 @@ def rows(table: Table, runs: Runs) -> Iterator[Markup]:
 
 def broken(text: str) -> Markup:
     """A name that may break after each underscore."""
-    return Markup("_<wbr>").join(map(escape, formats.visible(text).split("_")))
+    return Markup(str(escape(formats.visible(text))).replace("_", "_<wbr>"))
 
 
 def numeric_columns(table: Table) -> list[bool]:
@@ -166,25 +169,44 @@ def script_hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _inside(cell: Cell) -> Markup:
-    lead = escape(formats.visible(cell.lead))
-    if cell.mark:
-        mark = f'<span class="mark" aria-hidden="true">{cell.mark}</span>'
-        made = Markup(f'<span class="lead">{mark}{lead}</span>')
-    elif cell.rest:
-        made = Markup(f'<span class="lead">{lead}</span>')
-    else:
-        made = lead if " " in cell.lead or "=" in cell.lead else broken(cell.lead)
-    if cell.rest:
-        rest = cell.rest.replace(", ", ",\u00a0") if cell.is_number else cell.rest
-        made += Markup(f'<span class="rest">{escape(formats.visible(rest))}</span>')
-    return made + (_strip_svg(**cell.strip) if cell.strip else "")
+class _Seen(NamedTuple):
+    """What a text alone says of its cell."""
+
+    lead: str
+    rest: str
+    number: float | None
+    look: str
+    mark: str
+    is_long: bool
 
 
-def _strip_svg(at: float, low: float, high: float) -> Markup:
+@lru_cache(formats.MANY)
+def _seen(text: str) -> _Seen:
+    is_long = max(map(len, text.split()), default=0) > LONG_WORD
+    return _Seen(*_split(text), number(text), *marked(text), is_long)
+
+
+@lru_cache(formats.MANY)
+def _inside(lead: str, rest: str, mark: str, is_number: bool) -> str:
+    made = escape(formats.visible(lead))
+    if mark:
+        made = (
+            f'<span class="lead"><span class="mark" aria-hidden="true">{mark}</span>{made}</span>'
+        )
+    elif rest:
+        made = f'<span class="lead">{made}</span>'
+    elif not (" " in lead or "=" in lead):
+        made = broken(lead)
+    if rest:
+        rest = rest.replace(", ", ",\u00a0") if is_number else rest
+        made = f'{made}<span class="rest">{escape(formats.visible(rest))}</span>'
+    return str(made)
+
+
+def _strip_svg(at: float, low: float, high: float) -> str:
     stroke = 'vector-effect="non-scaling-stroke"/>'
     line = f"M0-10V10M{100 * low:.1f} 0H{100 * high:.1f}"
-    return Markup(
+    return (
         '<svg class="strip" aria-hidden="true" viewBox="-100 -10 200 20" '
         f'preserveAspectRatio="none"><path d="{line}" stroke="currentColor" stroke-width="1.5" '
         f'{stroke}<path d="M{100 * at:.1f}-7V7" stroke="var(--link)" stroke-width="3.5" '
