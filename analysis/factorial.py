@@ -64,7 +64,7 @@ def ablations(
             known = ", ".join(varying.get(name, ())) or "none, it is no factor"
             raise ValueError(f"baseline {name}={level}: not varied in {suite}; known: {known}.")
     made = {}
-    for backend in sorted(frame.loc[frame["suite"] == suite, "backend"].unique()):
+    for backend in sorted(_cells(frame, suite)["backend"].unique()):
         rows = _design(frame, suite, backend, metric)
         names = [name for name in varying if name in rows and rows[name].nunique() > 1]
         if names:
@@ -81,26 +81,26 @@ def ablations(
 def factors(frame: pd.DataFrame, suite: str) -> dict[str, tuple[str, ...]]:
     """The settings in which some two cells of a suite differ while they share all others, with the
     values of such cells; but for the backend, by which results are kept apart."""
-    found = settings.varying(_attempts(frame, suite))
+    found = settings.varying_among(frame, _cells(frame, suite))
     return {name: levels for name, levels in found.items() if name != "backend"}
 
 
-@remembered
-def _attempts(frame: pd.DataFrame, suite: str) -> pd.DataFrame:
-    """A row an attempt: all that its settings need."""
-    return frame[(frame["suite"] == suite) & ~frame["attempt"].duplicated()]
+def _cells(frame: pd.DataFrame, suite: str, backend: str | None = None) -> pd.DataFrame:
+    """What was asked of the cells of a suite (and a backend): those of its settings that they
+    have."""
+    cells = settings.asked(frame)
+    cells = cells[(cells["suite"] == suite) & (backend is None or cells["backend"] == backend)]
+    return cells[[name for name in cells if name in settings.SHOWN or cells[name].notna().any()]]
 
 
 def _design(frame: pd.DataFrame, suite: str, backend: str, metric: str) -> pd.DataFrame:
     """A row a cell and seed: the levels of all factors, and the value. Cells of a level that is
     compared with no other, as the window of a family without one, are no part of it."""
-    one = _attempts(frame, suite)
-    one = one[one["backend"] == backend]
-    levels = factors(one, suite)
+    cells, is_done = _cells(frame, suite, backend), False
+    levels = settings.varying_among(frame, cells)
     rows = processes(frame)
     rows = rows[(rows["suite"] == suite) & (rows["backend"] == backend)]
     rows = rows[(rows["metric"] == metric) & rows["at"].isna()]
-    cells, is_done = settings.asked(one), False
     while not is_done:  # without the cells of one factor another may no longer vary
         for name, known in levels.items():
             cells = cells[cells[name].isin(known)]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from analysis import derive, settings, vocabulary
@@ -26,6 +27,8 @@ MATCHED_ACROSS_BACKENDS = ("num_params", "num_params_non_embedding", "train_flop
                            "scan_kernels")  # fmt: skip
 MATCHED_ACROSS_MODELS = ("num_tokens", "optimizer", "data_digest", "kernels_used")
 FACTS = (*MATCHED_ACROSS_BACKENDS, "kernels_used")
+_WHO = ("run_id", "cell_id", "suite", "size", "family", "backend", "seed", "round")
+_COUNTS = ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")
 
 
 def certificate(frame: pd.DataFrame) -> list[Match]:
@@ -34,10 +37,10 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     ablated. Runs of one seed and round are held against each other. Backends must both scan with a
     kernel of ours, or neither; models of one backend must run the same kernels."""
     rows = derive.runs(frame)
-    rows = rows[(rows["suite"] != "parity") & (rows["outcome"] == "completed")].copy()
-    work = [rows[name].astype("float64").fillna(0) for name in
-            ("batch_size", "seq_len", "prompt_len", "num_new_tokens", "num_steps")]  # fmt: skip
-    batch, seq, prompt, new, steps = work
+    kept = {*_WHO, *_COUNTS, *FACTS, *settings.RESOLVED}
+    is_done = (rows["suite"] != "parity") & (rows["outcome"] == "completed")
+    rows = rows.loc[is_done, [name for name in rows if name in kept]].copy()
+    batch, seq, prompt, new, steps = (rows[name].astype("float64").fillna(0) for name in _COUNTS)
     rows["num_tokens"] = batch * (seq + prompt + new) * steps.clip(lower=1)
     rows["scan_kernels"] = rows["linear_scan"].map(_kind, na_action="ignore")
     ran = rows[list(settings.RESOLVED)].astype(object)
@@ -47,18 +50,46 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     rows["one_model"] = rows["family"].astype(str) + " " + rows["backend"].astype(str)
     table = settings.asked(frame)
     ablated = [name for name in settings.varying(frame) if name.startswith("model.")]
+    facts = {name: _Codes(rows[name]) for name in FACTS}
     made = []
     for by, held, same in (
         ("backend", "family", MATCHED_ACROSS_BACKENDS),
         ("family", "backend", MATCHED_ACROSS_MODELS),
         *((name, "one_model", MATCHED_ACROSS_MODELS) for name in ablated),
     ):
-        if by in ablated:
-            rows[by] = rows["cell_id"].map(table[by])
+        side = _Codes(rows["cell_id"].map(table[by]) if by in ablated else rows[by])
+        held_equal = {name: facts[name] for name in same}
+        if by == "family":
+            held_equal["optimizer"] = _Codes(rows["optimizer"].map(_but_tuned, na_action="ignore"))
+        whose = ["suite", "size", held]
         rows["match"] = rows["cell_id"].map(settings.shared(table, by))
-        for (suite, size, who), group in rows.groupby(["suite", "size", held], sort=False):
-            if by not in ablated or group[by].nunique() > 1:
-                made.append(_match(group, by, same, suite, size, who))
+        points = _numbers(rows, [*whose, "match", "seed", "round"])
+        together = side.differ(points)
+        differing = {name: codes.differ(points) for name, codes in held_equal.items()}
+        for group in _split(_numbers(rows, whose)):
+            names = sorted(side.known(group), key=vocabulary.family_order)
+            if by in ablated and len(names) < 2:
+                continue
+            both = group[together[group]]
+            differs = [name for name, is_other in differing.items() if is_other[both].any()]
+            unknown = [name for name in same if (facts[name].codes[both] < 0).any()]
+            suite, size, who = (rows[name].iloc[group[0]] for name in whose)
+            own = "" if by in ("backend", "family") else f", {by.removeprefix('model.')}"
+            verdict = not differs
+            if not differs and (unknown or not len(both)):
+                verdict = None
+                differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
+            made.append(
+                Match(
+                    suite,
+                    size,
+                    f"{who}{own}: {', '.join(names)}",
+                    verdict,
+                    tuple(differs),
+                    {name: _span(facts[name].known(group)) for name in FACTS},
+                    tuple(rows["run_id"].iloc[group]),
+                )
+            )
     families = [*vocabulary.FAMILIES, *sorted(set(rows["family"]) - set(vocabulary.FAMILIES))]
 
     def place(match: Match) -> tuple:
@@ -68,34 +99,39 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     return sorted(made, key=place)
 
 
-def _match(
-    group: pd.DataFrame, by: str, same: tuple[str, ...], suite: str, size: str, who: str
-) -> Match:
-    names = sorted(group[by].dropna().unique(), key=vocabulary.family_order)
-    differs, unknown, compared = [], [], False
-    points = group.groupby(["match", "seed", "round"], sort=False)
-    together = points[by].transform("nunique") > 1
-    compared = bool(together.any())
-    for fact in same:
-        part = group[together]
-        if part.empty:
-            continue
-        if part[fact].isna().any():
-            unknown.append(fact)
-        if by == "family" and fact == "optimizer":
-            part = part.assign(optimizer=part["optimizer"].map(_but_tuned))
-        counts = part.groupby(["match", "seed", "round"], sort=False)[fact].nunique()
-        if (counts > 1).any():
-            differs.append(fact)
-    facts = {fact: _span(group[fact]) for fact in FACTS}
-    if not differs and (unknown or not compared):
-        verdict = None
-        differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
-    else:
-        verdict = not differs
-    own = "" if by in ("backend", "family") else f", {by.removeprefix('model.')}"
-    scope = f"{who}{own}: {', '.join(names)}"
-    return Match(suite, size, scope, verdict, tuple(differs), facts, tuple(group["run_id"]))
+class _Codes:
+    """A column as numbers of its values, -1 where one is missing: there are many groups."""
+
+    def __init__(self, column: pd.Series) -> None:
+        self.codes, values = pd.factorize(column)
+        self.values = np.asarray(values, dtype=object)
+
+    def known(self, rows: np.ndarray) -> list:
+        """The values that these rows have."""
+        codes = np.unique(self.codes[rows])
+        return self.values[codes[codes >= 0]].tolist()
+
+    def differ(self, points: np.ndarray) -> np.ndarray:
+        """Of each row whether its point, a number that is -1 for none, has several values."""
+        is_known = (self.codes >= 0) & (points >= 0)
+        count = points.max(initial=-1) + 2
+        low, high = np.full(count, len(self.values)), np.full(count, -1)
+        np.minimum.at(low, points[is_known], self.codes[is_known])
+        np.maximum.at(high, points[is_known], self.codes[is_known])
+        return (low < high)[points]  # the last one is that of -1
+
+
+def _numbers(rows: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """Of the group of each row, as they come; -1 where a value is missing."""
+    numbers = rows.groupby(names, sort=False, observed=True).ngroup()
+    return numbers.fillna(-1).to_numpy(dtype=int)
+
+
+def _split(number: np.ndarray) -> list[np.ndarray]:
+    """The places of each number from 0 on."""
+    order = np.argsort(number, kind="stable")
+    order = order[number[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(order) else []
 
 
 def _kind(variant: str) -> str:
@@ -111,10 +147,9 @@ def _but_tuned(optimizer: str) -> str:
     return ", ".join(word for word in words if word.partition("=")[0] not in own)
 
 
-def _span(values: pd.Series) -> str:
+def _span(known: list) -> str:
     """The value, "low to high" of numbers, or how many different texts there are."""
-    known = values.dropna().unique()
-    if not len(known):
+    if not known:
         return "-"
     if isinstance(known[0], str):
         return known[0] if len(known) == 1 else f"{len(known)} values"

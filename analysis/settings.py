@@ -153,7 +153,11 @@ def is_shrinking(by: str, suite: str) -> bool:
 def varying(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     """Settings in which some two cells differ while they share all others, with the values of such
     cells; a kernel by what ran, where that differs too."""
-    table = asked(frame)
+    return varying_among(frame, asked(frame))
+
+
+def varying_among(frame: pd.DataFrame, table: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """varying(), of some of the cells that were asked alone."""
     made = {}
     for name in table:
         if table[name].nunique() > 1:
@@ -208,13 +212,25 @@ def variants(table: pd.DataFrame, but: str) -> pd.Series:
     """What sets a cell apart from others of its suite, family and size, beside what tables show
     and the setting `but` that is compared: "lambda_init=code"."""
     hidden = {*SHOWN, *RESOLVED, but, *ALONG.get(but, ())} - {*ALONG["backend"]}
-    numbers = _numbered(table)
+    made = np.full(len(table), "", dtype=object)
+    for name, (is_told, words) in _told(table).items():
+        if name not in hidden:
+            is_first = (made == "") & is_told
+            made[is_told & ~is_first] += ", "
+            made[is_told] += words
+    return pd.Series(made, index=table.index)
+
+
+@remembered
+def _told(table: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By setting which cells it sets apart from others of their suite, family and size, and what
+    is said of it there."""
     groups = table.groupby(["suite", "family", "size"], dropna=False, sort=False).ngroup()
-    made = pd.Series("", index=table.index)
-    for name in numbers.columns.difference(hidden, sort=False):
-        is_told = numbers[name].groupby(groups).transform("nunique") > 1
-        words = f"{name.rpartition('.')[2]}=" + table[name].fillna("null").astype(str)
-        made = made.mask(is_told, made.where(made == "", made + ", ") + words)
+    made = {}
+    for name, numbers in _numbered(table).items():
+        is_told = (numbers.groupby(groups).transform("nunique") > 1).to_numpy()
+        values = table[name][is_told].fillna("null").astype(str).to_numpy(dtype=object)
+        made[name] = is_told, f"{name.rpartition('.')[2]}=" + values
     return made
 
 
