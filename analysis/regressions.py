@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings, statistics, tables
-from analysis.comparisons import is_wanted
+from analysis.comparisons import in_order, is_wanted
 from analysis.derive import outcomes, processes, runs, summary
 from analysis.load import COLUMNS
 from analysis.vocabulary import plain
@@ -96,7 +96,7 @@ def compare(
                 rows.append(_row(*both, point, *found, limit))
     made = pd.DataFrame(rows, columns=_COLUMNS).astype({"is_regression": bool})
     refused, lone, missing = _unmatched(*cells, names)
-    return Found(tables.in_order(made), refused, lone, missing, len(shared))
+    return Found(in_order(made), refused, lone, missing, len(shared))
 
 
 def table(found: pd.DataFrame, names: tuple[str, str]) -> tables.Table:

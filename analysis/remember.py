@@ -24,12 +24,13 @@ def remembering() -> Iterator[None]:
 
 def remembered(function: Callable) -> Callable:
     @wraps(function)
-    def recall(frame: pd.DataFrame, *args: Any) -> Any:
+    def recall(frame: pd.DataFrame, *args: Any, **options: Any) -> Any:
         if _memory is None:
-            return function(frame, *args)
-        key = (function, id(frame), args)
+            return function(frame, *args, **options)
+        key = (function, id(frame), args, *sorted(options.items()))
         if key not in _memory:
-            _memory[key] = (frame, function(frame, *args))  # the frame kept: its id stays its own
+            # the frame kept: its id stays its own
+            _memory[key] = (frame, function(frame, *args, **options))
         return _memory[key][1]
 
     return recall

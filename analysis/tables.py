@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import (
@@ -61,6 +62,7 @@ class Table:
         return len(self.frame) - len(self.rows)
 
 
+@remembered
 def side_by_side(
     frame: pd.DataFrame,
     by: str = "backend",
@@ -88,10 +90,13 @@ def side_by_side(
     name = csv = re.sub(r"[^\w.=-]", "-", f"{by}_{ours}_{baseline}")
     title = f"{_name(by, ours)} beside {_name(by, baseline)}"
     if is_brief:
-        first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in found["suite"]]
+        suites = found["suite"].to_list()
+        first = [vocabulary.HEADLINES.get(suite, (None,))[0] for suite in suites]
         found, name = found[found["metric"] == first], f"headline_{name}"
     if suite is not None:
-        found, name, title = found[found["suite"] == suite], f"{name}_{suite}", f"{title}: {suite}"
+        places = np.flatnonzero((found["suite"] == suite).to_numpy(dtype=bool))
+        found = found[places.min(initial=len(found)) : places.max(initial=-1) + 1]  # no copy
+        name, title = f"{name}_{suite}", f"{title}: {suite}"
         shown.remove("suite")
     header = [*shown, "workload", "metric", ours, baseline, f"{ours} / {baseline}", "rounds",
               "verdict", "parity", "num_params", "num_params_non_embedding"]  # fmt: skip
@@ -547,12 +552,14 @@ def _pairs(
 ) -> pd.DataFrame:
     """The matched pairs in the order of reading, with the run_ids of both sides, and `ratio`: the
     difference of a quality, the speedup of all else."""
-    found = in_order(comparisons.comparisons(frame, by, ours, baseline, metrics))
-    ids = run_ids(frame)
+    found = comparisons.to_be_read(frame, by, ours, baseline, metrics)
+    ids, sides = _run_ids(frame), {}
     for side in ("ours", "baseline"):
-        found[f"run_ids_{side}"] = found[f"cell_id_{side}"].map(ids).fillna("")
+        texts = [ids.get(cell, "") for cell in found[f"cell_id_{side}"].to_list()]
+        # objects: a text of all rounds is held once, and not in every row that has it
+        sides[f"run_ids_{side}"] = pd.Series(texts, dtype=object)
     is_quality = found["metric"].isin(vocabulary.QUALITIES)
-    return found.assign(ratio=found["difference"].where(is_quality, found["speedup"]))
+    return found.assign(**sides, ratio=found["difference"].where(is_quality, found["speedup"]))
 
 
 @remembered
@@ -562,19 +569,9 @@ def run_ids(frame: pd.DataFrame) -> pd.Series:
     return rows.groupby("cell_id", sort=False)["run_id"].agg(" ".join)
 
 
-def in_order(found: pd.DataFrame) -> pd.DataFrame:
-    suites = list(vocabulary.HEADLINES)
-    metrics = [metric for names in vocabulary.HEADLINES.values() for metric in names]
-    order = found.assign(
-        _suite=[suites.index(s) if s in suites else len(suites) for s in found["suite"]],
-        _metric=[metrics.index(m) if m in metrics else len(metrics) for m in found["metric"]],
-        _family=[vocabulary.family_order(f)[0] for f in found["family"]],
-    )
-    keys = ["_suite", "suite", "size", "_metric", "op", "work_phase", "_family", "backend",
-            "seq_len", "prompt_len", "batch_size", "at"]  # fmt: skip
-    for name in keys[-4:]:
-        order[name] = order[name].astype("float64")
-    return found.loc[order.sort_values(keys, kind="stable").index].reset_index(drop=True)
+@remembered
+def _run_ids(frame: pd.DataFrame) -> dict[str, str]:
+    return run_ids(frame).to_dict()
 
 
 def _metric_name(metric: str) -> str:

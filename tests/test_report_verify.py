@@ -272,13 +272,13 @@ def test_the_store_that_the_page_names_may_be_gone(copied, tmp_path, monkeypatch
 def test_values_are_computed_by_a_second_way(copied, monkeypatch):
     """A mistake of the report's own medians would be made again by computing them again."""
     path, store = copied
-    right = comparisons.comparisons
+    right = comparisons.to_be_read
 
     def wrong(*args, **rest):
         found = right(*args, **rest)
         return found.assign(value_ours=1.01 * found["value_ours"])
 
-    monkeypatch.setattr(comparisons, "comparisons", wrong)
+    monkeypatch.setattr(comparisons, "to_be_read", wrong)
     analysis.write_report(store, path.parent, title="T", command="c")
     lines = found((path, store))
     assert lines
