@@ -1,5 +1,6 @@
 """Evidence that needs no clock: parameters (table 2) and caches (section 5.1, appendix F)."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -30,13 +31,15 @@ def _models(frame: pd.DataFrame) -> pd.DataFrame:
     """The families and sizes of table 2 that our runs built, with their counts."""
     runs = derive.runs(frame)
     runs = runs[runs["num_params_non_embedding"].notna() & runs["model"].notna()]
+    counts = ["family", "size", "num_params_non_embedding"]
+    runs = runs.drop_duplicates([*counts, "model"])
     models = [shape_of(text) for text in runs["model"]]
     is_of_paper = [
         model["pattern"] == PATTERNS.get(family) and lack_of_size(size, model) is None
         for model, family, size in zip(models, runs["family"], runs["size"], strict=True)
     ]
     runs = runs[pd.Series(is_of_paper, runs.index, dtype=bool)]
-    return runs.drop_duplicates(["family", "size", "num_params_non_embedding"])  # each once
+    return runs.drop_duplicates(counts)  # each once
 
 
 @cache
@@ -134,7 +137,7 @@ def cache_formulas(frame: pd.DataFrame) -> list[Finding]:
             ratio = float(far["num_bytes"] / far["wanted"])
             quantities.append(Quantity(label, ratio, span, within(1.0, SLACK)))
         where = f"{backend}, {len(cells):,} cell{'' if len(cells) == 1 else 's'}"
-        lacks = _lacks_of_families(cells)
+        lacks = _lacks_of_families(cells["family"])
         made.append(Finding(where, tuple(quantities), lacks, run_ids=tuple(cells["run_id"])))
     return made
 
@@ -144,15 +147,17 @@ def cache_growth(frame: pd.DataFrame) -> list[Finding]:
     key = ["size", "backend", "dtype", "device_kind", "device_name", "shared_model"]
     rows = _caches(frame)
     window = rows["window_size"].astype("float64").fillna(0)
+    rows = rows[rows["capacity"] >= window]
+    number = rows.groupby(key, sort=False, dropna=False, observed=True).ngroup()
+    names = [*key, "family", "window_size", "capacity", "num_bytes", "run_id"]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for place, cell in zip(number, rows[names].to_dict("records"), strict=True):
+        groups.setdefault(place, []).append(cell)
     made = []
-    for settings, cells in rows[rows["capacity"] >= window].groupby(
-        key, sort=False, dropna=False, observed=True
-    ):
+    for cells in groups.values():
         quantities, ids = [], []
         parts: dict[tuple, list[dict[str, Any]]] = {}
-        for cell in cells[["family", "window_size", "capacity", "num_bytes", "run_id"]].to_dict(
-            "records"
-        ):
+        for cell in cells:
             parts.setdefault((cell["family"], plain(cell["window_size"])), []).append(cell)
         for (family, _), part in parts.items():
             low, high = (end(part, key=lambda cell: cell["capacity"]) for end in (min, max))
@@ -167,12 +172,13 @@ def cache_growth(frame: pd.DataFrame) -> list[Finding]:
             quantities.append(_exact(label, growth, wanted, SLACK))
             ids += [low["run_id"], high["run_id"]]
         if quantities:
-            place = where(dict(zip(key, settings, strict=True)))
-            lacks = _lacks_of_families(cells)
+            place = where({name: cells[0][name] for name in key})
+            lacks = _lacks_of_families(cell["family"] for cell in cells)
             made.append(Finding(place, tuple(quantities), lacks, run_ids=tuple(ids)))
     return made
 
 
-def _lacks_of_families(cells: pd.DataFrame) -> tuple[str, ...]:
-    missing = [name for name in ("mqa", "hawk", "griffin") if name not in set(cells["family"])]
+def _lacks_of_families(families: Iterable[str]) -> tuple[str, ...]:
+    known = set(families)
+    missing = [name for name in ("mqa", "hawk", "griffin") if name not in known]
     return (f"nothing of {' and '.join(map(label_of, missing))}",) if missing else ()
