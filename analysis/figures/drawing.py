@@ -7,7 +7,8 @@ that were not measured side by side is a diamond on no line, and the note counts
 """
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from analysis import checks, comparisons, derive, statistics, style, tables, vocabulary
+from analysis.remember import remembered
 from suites.harness.record import METRICS
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
@@ -41,11 +43,17 @@ TOP = 0.985  # of a panel: where what was lost is marked
 def summary(frame: pd.DataFrame, suite: str, metric: str, at: bool = False) -> pd.DataFrame:
     """Cells of one metric of one suite, in the unit of its axis."""
     rows = derive.summary(frame)
-    is_wanted = (rows["suite"] == suite) & (rows["metric"] == metric) & (rows["at"].notna() == at)
-    rows = rows[is_wanted].copy()
+    rows = rows.iloc[_places(frame).get((suite, metric), [])]
+    rows = rows[rows["at"].notna() == at].copy()
     for column in ("value", "low", "high"):
         rows[column] = rows[column].astype(float) / tables.SCALES.get(metric, 1.0)
     return rows
+
+
+@remembered
+def _places(frame: pd.DataFrame) -> dict[tuple[str, str], np.ndarray]:
+    """Of the summary, by suite and metric: every figure asks for one."""
+    return derive.summary(frame).groupby(["suite", "metric"], sort=False).indices
 
 
 def over_mqa(frame: pd.DataFrame, rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -148,10 +156,10 @@ def panels_of(
     rows: pd.DataFrame, keys: list[str], notes: Iterable[str], most: int = MAX_PANELS
 ) -> tuple[list[tuple[tuple, pd.DataFrame]], list[str]]:
     """The first panels, and the notes with how many are left out."""
-    panels = list(rows.groupby(keys, sort=True, dropna=False))
-    left_out = len(panels) - most
+    panels = rows.groupby(keys, sort=True, dropna=False)
+    left_out = panels.ngroups - most
     more = [f"{left_out} further panels are in the tables alone."] if left_out > 0 else []
-    return panels[:most], [*notes, *more]
+    return list(islice(panels, most)), [*notes, *more]
 
 
 def of_panel(rows: pd.DataFrame, keys: list[str], key: tuple) -> pd.DataFrame:
@@ -189,10 +197,11 @@ def draw_lines(
 ) -> int:
     """A line for each family, backend and variant, broken at places that it has no value for;
     returns how many lines were too many to draw."""
-    groups = list(line_groups(part, x))
+    groups, part = line_groups(part, x), _drawn(part, x)
     known = np.unique((part[x] if places is None else places).to_numpy(dtype=float))
     seen: dict[tuple, int] = {}
-    for (family, backend), extra, line in groups[:MAX_LINES]:
+    for (family, backend), extra, rows in groups[:MAX_LINES]:
+        line = part.iloc[rows]
         number = seen[family, backend] = seen.get((family, backend), 0) + 1
         look = style.line(family, backend, is_verified=is_verified(line))
         look["alpha"] = max(0.3, 1.3 - 0.3 * number)  # further variants of one colour pale
@@ -201,25 +210,37 @@ def draw_lines(
     return max(0, len(groups) - MAX_LINES)
 
 
-def line_groups(part: pd.DataFrame, x: str) -> Iterator[tuple[tuple[str, str], list[str], Any]]:
-    """(family, backend), what else tells this line apart, its rows; families in their order."""
+def _drawn(part: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """What a line needs of its rows; of 50 columns each one is looked up for itself."""
+    return part[[name for name in ("value", "low", "high", "verdict", "parity", *names)
+                 if name in part]]  # fmt: skip
+
+
+def line_groups(part: pd.DataFrame, x: str) -> list[tuple[tuple[str, str], list[str], np.ndarray]]:
+    """(family, backend), what else tells this line apart, the places of its rows; families in their
+    order."""
     keys = [name for name in LINE if name in part]
     same = part.groupby([*keys, x], dropna=False)
     extra = [name for name in FURTHER if name != x and name in part
              and (same[name].nunique() > 1).any()]  # fmt: skip
     if part.duplicated([*keys, *extra, x]).any():
         extra.append("cell_id")  # set apart by something that has no column
-    groups = part.groupby([*keys, *extra], sort=True, dropna=False)
-    ordered = sorted(groups, key=lambda item: (vocabulary.family_order(item[0][0]), item[0][1]))
+    keys = [*keys, *extra]
+    number = part.groupby(keys, sort=True, dropna=False).ngroup().to_numpy()
+    rows = np.argsort(number, kind="stable")
+    groups = np.split(rows, np.flatnonzero(np.diff(number[rows])) + 1) if len(rows) else []
+    known = {name: part[name].to_numpy(dtype=object) for name in keys}
     cells = {name: number for number, name in enumerate(part["cell_id"].unique(), start=1)}
-    for name, line in ordered:
-        values = dict(zip([*keys, *extra], name, strict=True))
+    made = []
+    for rows in groups:
+        values = {name: column[rows[0]] for name, column in known.items()}
         words = [text(values.get("variant") or "")]
         words += [FURTHER[key].format(values[key]) for key in extra
                   if key != "cell_id" and not pd.isna(values[key])]  # fmt: skip
         if "cell_id" in extra:
             words.append(f"cell {cells[values['cell_id']]}")
-        yield (values["family"], values["backend"]), list(filter(None, words)), line
+        made.append(((values["family"], values["backend"]), list(filter(None, words)), rows))
+    return sorted(made, key=lambda line: order(line[0]))
 
 
 def draw(
@@ -281,11 +302,13 @@ def side_by_side(axes: Axes, part: pd.DataFrame) -> None:
     """One place for each family, a marker for each backend beside the other."""
     families = sorted(part["family"].unique(), key=vocabulary.family_order)
     backends = sorted(part["backend"].unique())
-    groups = list(line_groups(part.assign(place=0), "place"))
+    groups = line_groups(part.assign(place=0), "place")
+    drawn = _drawn(part)
     names = [tuple(extra) for _, extra, _ in groups]
     variants = list(dict.fromkeys(names))
     step = 0.44 / max(1, len(backends) * len(variants) - 1)
-    for (family, backend), extra, line in groups[:MAX_LINES]:
+    for (family, backend), extra, rows in groups[:MAX_LINES]:
+        line = drawn.iloc[rows]
         slot = backends.index(backend) * len(variants) + variants.index(tuple(extra))
         place = families.index(family) + (slot - (len(backends) * len(variants) - 1) / 2) * step
         look = style.line(family, backend, is_verified=is_verified(line)) | {"linestyle": "none"}

@@ -193,9 +193,9 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
     panels, notes = drawing.panels_of(rows, keys, ())
     figure, grid = drawing.panel_grid(len(panels))
     for axes, (key, part) in zip(grid, panels, strict=True):
-        for (family, backend), extra, line in drawing.line_groups(
-            part[part["is_global"]], "seq_len"
-        ):
+        everywhere = part[part["is_global"]]
+        for (family, backend), extra, places in drawing.line_groups(everywhere, "seq_len"):
+            line = everywhere.iloc[places]
             look = style.line(family, backend, is_verified=drawing.is_verified(line))
             for row in line.to_dict("records"):
                 axes.axhline(row["value"], color=look["color"], linestyle=look["linestyle"],
@@ -220,9 +220,11 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
 
 
 def _mark_training_length(axes: Axes, part: pd.DataFrame) -> None:
-    for (family, backend), _, line in drawing.line_groups(part, "at"):
-        line = line.sort_values("at")
+    for (family, backend), _, places in drawing.line_groups(part, "at")[: drawing.MAX_LINES]:
+        line = part.iloc[places].sort_values("at")
         at, value, half = (line[name].to_numpy(dtype=float) for name in ("at", "value", "half"))
+        if np.isnan(half).all():
+            continue
         axes.fill_between(at, value - half, value + half, alpha=0.07, linewidth=0,
                           color=style.line(family, backend)["color"])  # fmt: skip
     for seq_len in sorted(part["seq_len"].dropna().unique()):
