@@ -36,7 +36,9 @@ def processes(frame: pd.DataFrame) -> pd.DataFrame:
     rows = pd.DataFrame(made | facts, copy=False)  # millions: assign would copy them
     rows["at"] = rows["at"].astype("float64")
     marked = mark_parity(runs(frame), parity(frame)).set_index("run_id")["parity"]
-    rows["parity"] = rows["run_id"].astype(object).map(marked)
+    ids = rows["run_id"].astype("category").cat
+    marks = pd.Categorical(marked.reindex(ids.categories), PARITY_ORDER)
+    rows["parity"] = marks.take(ids.codes)
     return rows
 
 
@@ -68,8 +70,10 @@ class _Groups:
     groups are hundreds of thousands."""
 
     def __init__(self, rows: pd.DataFrame, key: list[str]) -> None:
-        grouped = rows.groupby(key, dropna=False, sort=False, observed=True)
-        self.number = grouped.ngroup().to_numpy()
+        self.number = np.zeros(len(rows), dtype=int)
+        for name in key:  # pandas would number all combinations of three columns at once: slower
+            code, count = _codes(rows[name])
+            self.number, _ = pd.factorize(self.number * count + code)
         self.size = np.bincount(self.number)
         self.start = np.cumsum(self.size) - self.size  # of each, where rows are in order
         self._order = np.argsort(self.number, kind="stable")
@@ -89,6 +93,14 @@ class _Groups:
     def middle(self, in_order: np.ndarray) -> np.ndarray:
         low, high = self.start + (self.size - 1) // 2, self.start + self.size // 2
         return (in_order[low] + in_order[high]) / 2
+
+
+def _codes(column: pd.Series) -> tuple[np.ndarray, int]:
+    """Each value as a number, a missing one as 0; and how many there are."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.codes.to_numpy(dtype=int) + 1, len(column.cat.categories) + 1
+    codes, known = pd.factorize(column)
+    return codes + 1, len(known) + 1
 
 
 def _is_counted(frame: pd.DataFrame) -> pd.Series:
@@ -121,8 +133,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         made[name] = groups[column].nunique()
     made["num_outliers"] = groups["num_outliers"].sum()
     # Of several processes the least verified one speaks for the cell, and one stale is stale.
-    rank = rows["parity"].map(PARITY_ORDER.index).groupby(numbers.number, sort=False).max()
-    made["parity"] = rank.map(dict(enumerate(PARITY_ORDER)))
+    rank = rows["parity"].cat.codes.groupby(numbers.number, sort=False).max()
+    made["parity"] = np.array(PARITY_ORDER, dtype=object)[rank]
     made["is_current"] = groups["is_current"].min()
     # statistics.median_interval, of all groups at once
     n, is_log = numbers.size, least > 0
