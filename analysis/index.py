@@ -9,7 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
@@ -33,9 +33,11 @@ FILE = {"folder": pa.string(), "file": pa.string(), "num_bytes": pa.int64(), "mt
 def table_of(store: Path, make: Make, version: str) -> pa.Table:
     """The rows that `make` gives for the records of a store, with the columns FILE beside them.
     An index of another version is none."""
-    runs, index = store / "runs", _read(store / INDEX, version)
-    table = _with_files(make([]), []) if index is None else index
-    found = set(_scan(runs))
+    runs = store / "runs"
+    with ThreadPoolExecutor(1) as pool:  # Arrow reads beside Python's look at every folder
+        index = pool.submit(_read, store / INDEX, version)
+        found = set(_scan(runs))
+    table = _with_files(make([]), []) if index.result() is None else index.result()
     known = list(zip(*(table[name].to_pylist() for name in FILE), strict=True))
     new = sorted(found.difference(known))
     if len(known) == len(found) and not new:
