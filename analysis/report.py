@@ -4,11 +4,13 @@ as CSV and LaTeX, its figures as SVG and PNG, its samples as Parquet and CSV."""
 import hashlib
 import html
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from analysis import (
     tables,
 )
 from analysis.answer import answer, caveats
+from analysis.aside import aside
 from analysis.load import load, write_parquet
 from analysis.tables import Table
 
@@ -41,6 +44,8 @@ QUESTION = (
     "Which architecture is better, at what cost, and is that the architecture or the framework?"
 )
 RECORDS = "records.parquet"
+MOST_FORKS = 4  # that draw figures: each has memory of its own
+LARGE = 500_000  # samples from which a report is made on all cores
 HERE = Path(__file__).parent
 
 MOST_VALUES = 12  # of a setting that are put side by side, one pair after the other
@@ -73,38 +78,61 @@ def sections(
     beside: Sequence[Pair],
     drawings: Sequence[Drawing] = (),
     title: str = "",
+    single: Mapping[str, list[Table]] | None = None,
 ) -> list[Section]:
-    """The report from top to bottom, below the answer. To add a section: a line here."""
-    is_of_paper = title.startswith("paper/")  # whose reports hold every claim, and on top
-    claimed = claims.table(frame, is_whole=is_of_paper)
-    told = [Section("claims", claimed.title, [claimed])] if claimed.rows else []
+    """The report from top to bottom, below the answer. To add a section: a line here. `single`:
+    single_tables(), where these are made already."""
+    single = single_tables(frame, beside, title) if single is None else single
+    claimed, tasks, answered, domains = (
+        [Section(name, table.title, [table]) for table in single[name] if table.rows]
+        for name in ("claims", "recall", "downstream", "lengths")
+    )
     brief = [table for table in comparison_tables(frame, beside, is_brief=True) if table.rows]
-    bounds, domains = tables.bounds(frame), lengths.table(frame)
-    peaks = tables.peaks(frame)
-    tasks = recall.table(frame)
-    answered = downstream.table(frame)
-    learned = quality.tables(frame)
-    ablations = tables.ablations(frame, {by: first for by, _, first in beside if by != "backend"})
+    learned, ablations = single["quality"], single["ablations"]
     return [
-        *(told if is_of_paper else ()),
-        Section("matching", "Matching certificate", [tables.certificate(frame)]),
-        Section("tables", "Side by side", [*brief, *([bounds] if bounds.rows else [])],
+        *(claimed if _is_of_paper(title) else ()),
+        Section("matching", "Matching certificate", single["matching"]),
+        Section("tables", "Side by side", [*brief, *single["bounds"]],
                 note=_sweeps(frame), empty="No run in this store can be compared."),
         *([Section("quality", "What was learned", learned)] if learned else ()),
         Section("figures", "Figures", drawings=drawings, note=FIGURES_NOTE,
                 empty="No completed run to draw."),
-        *([Section("recall", tasks.title, [tasks])] if tasks.rows else []),
-        *([Section("downstream", answered.title, [answered])] if answered.rows else []),
+        *tasks,
+        *answered,
         *([Section("ablations", "Ablations", ablations)] if ablations else ()),
-        *([Section("lengths", domains.title, [domains])] if domains.rows else ()),
+        *domains,
         Section("metrics", "Every metric", metric_tables(frame, beside), is_folded=True),
-        *(() if is_of_paper else told),
-        Section("parity", "Parity", [tables.parity(frame)]),
-        Section("failures", "Failures and frontier",
-                [tables.failures(frame), tables.frontier(frame)]),
-        Section("machines", "Machines and versions",
-                [tables.machines(frame), *([peaks] if peaks.rows else [])]),
+        *(() if _is_of_paper(title) else claimed),
+        Section("parity", "Parity", single["parity"]),
+        Section("failures", "Failures and frontier", single["failures"]),
+        Section("machines", "Machines and versions", single["machines"]),
     ]  # fmt: skip
+
+
+def single_tables(
+    frame: pd.DataFrame, beside: Sequence[Pair], title: str = ""
+) -> dict[str, list[Table]]:
+    """By section the tables that hold no pairs of cells."""
+    baselines = {by: first for by, _, first in beside if by != "backend"}
+    bounds, peaks = tables.bounds(frame), tables.peaks(frame)
+    return {
+        "claims": [claims.table(frame, is_whole=_is_of_paper(title))],
+        "matching": [tables.certificate(frame)],
+        "bounds": [bounds] if bounds.rows else [],
+        "quality": quality.tables(frame),
+        "recall": [recall.table(frame)],
+        "downstream": [downstream.table(frame)],
+        "ablations": tables.ablations(frame, baselines),
+        "lengths": [lengths.table(frame)],
+        "parity": [tables.parity(frame)],
+        "failures": [tables.failures(frame), tables.frontier(frame)],
+        "machines": [tables.machines(frame), *([peaks] if peaks.rows else [])],
+    }
+
+
+def _is_of_paper(title: str) -> bool:
+    """Whose reports hold every claim, and on top."""
+    return title.startswith("paper/")
 
 
 FIGURES_NOTE = (
@@ -131,22 +159,31 @@ def write_report(
     frame = load(Path(store)) if frame is None else frame
     out = Path(out)
     _clear(out)
-    _write_samples(frame, out)  # before all else: the texts of millions take much memory
+    is_large = len(frame) >= LARGE
+    begin = partial(aside, is_worth_it=is_large)
     with remember.remembering():
-        drawings = draw(frame, out, redraw)
+        written = begin(partial(_write_samples, frame, out))
         beside = pairs(frame, defaults)
-        made = sections(frame, beside, drawings, title)
-        raw = raw_tables(frame, beside, made)
-        _write_tables(out, made, raw)
+        said = {"caveats": caveats(frame)}  # what it derives, all that is begun below needs too
+        single = begin(partial(single_tables, frame, beside, title))
+        whole = comparison_tables(frame, beside)
+        drawn = [begin(partial(draw, frame, out, redraw, names)) for names in _shares(is_large)]
+        said["answer"] = answer(frame, whole)
+        made = sections(frame, beside, title=title, single=single())
+        _write_tables(out, made, raw_tables(frame, beside, made))
+        written()
+        drawings = sorted((drawing for part in drawn for drawing in part()), key=_order)
+        made = [
+            replace(section, drawings=drawings) if section.anchor == "figures" else section
+            for section in made
+        ]
         runs = derive.runs(frame)
-        context = {
+        context = said | {
             "title": title,
             "command": command,
             "redraw": redraw,
             "check": f"aerie report --verify {out}",
             "question": question,
-            "answer": answer(frame, comparison_tables(frame, beside)),
-            "caveats": caveats(frame),
             "sections": made,
             "beside": beside,
             "num_runs": len(runs),
@@ -158,7 +195,9 @@ def write_report(
             "figures": digests(out, drawings),
         }
         for name, render in (("md", _markdown), ("tex", _tex), ("html", _html)):
-            (out / f"report.{name}").write_text(render(context, frame), encoding="utf-8")
+            with (out / f"report.{name}").open("w", encoding="utf-8") as file:
+                render(context, frame).dump(file)  # part by part: never the whole text at once
+                file.write("\n")
     return out / "report.html"
 
 
@@ -265,6 +304,17 @@ def draw(
     return made
 
 
+def _shares(is_large: bool) -> list[list[str]]:
+    """The names of all figures; for each core some, of a large report."""
+    names = list(figures.FIGURES)
+    cores = min(MOST_FORKS, len(os.sched_getaffinity(0))) if is_large else 1
+    return [names[core::cores] for core in range(cores)]
+
+
+def _order(drawing: Drawing) -> int:
+    return list(figures.FIGURES).index(drawing.name)
+
+
 def _svg(figure: Figure) -> str:
     """The element, without a background; ids that nothing points at are left out, as a page of
     several figures would have each of them twice."""
@@ -308,7 +358,7 @@ def _write_tables(out: Path, made: Sequence[Section], raw: Sequence[Table]) -> N
             path.write_text(latex.tex_table(table) + "\n", encoding="utf-8")
 
 
-def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
+def _html(context: dict[str, Any], frame: pd.DataFrame) -> Any:
     environment = _environment(autoescape=True, finalize=_visible)
     environment.filters["broken"] = page.broken
     runs = page.Runs(frame)
@@ -324,20 +374,20 @@ def _html(context: dict[str, Any], frame: pd.DataFrame) -> str:
             {name: context[name] for name in ("store", "beside", "figures")} | runs.to_json()
         ),
     }
-    return environment.get_template("report.html.j2").render(context | extra) + "\n"
+    return environment.get_template("report.html.j2").stream(context | extra)
 
 
-def _markdown(context: dict[str, Any], frame: pd.DataFrame) -> str:
+def _markdown(context: dict[str, Any], frame: pd.DataFrame) -> Any:
     environment = _environment(finalize=lambda value: _escaped(value, formats.markdown))
     extra = {
         "markdown_table": lambda table: Made(formats.markdown_table(table)),
         "markdown_code": lambda text: Made(formats.markdown_code(text)),
         "markdown_line": lambda text: Made(f"`{text}`" if "`" not in text else text),
     }
-    return environment.get_template("report.md.j2").render(context | extra) + "\n"
+    return environment.get_template("report.md.j2").stream(context | extra)
 
 
-def _tex(context: dict[str, Any], frame: pd.DataFrame) -> str:
+def _tex(context: dict[str, Any], frame: pd.DataFrame) -> Any:
     environment = _environment(
         finalize=lambda value: _escaped(value, latex.tex),
         block_start_string="<%", block_end_string="%>",
@@ -345,7 +395,7 @@ def _tex(context: dict[str, Any], frame: pd.DataFrame) -> str:
         comment_start_string="<#", comment_end_string="#>",
     )  # fmt: skip
     extra = {"tex_table": latex.tex_table, "tex_code": latex.tex_code, "tex_path": latex.Tex}
-    return environment.get_template("report.tex.j2").render(context | extra) + "\n"
+    return environment.get_template("report.tex.j2").stream(context | extra)
 
 
 class Made(str):

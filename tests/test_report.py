@@ -1,6 +1,7 @@
 """Records to tables: what the frame keeps, what parity lets stand, what is compared and matched."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -330,6 +331,25 @@ def test_styling_leaves_matplotlib_as_it_was():
     with style.looks():
         assert matplotlib.rcParams["axes.grid"]
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_report_of_several_processes_is_that_of_one(quickstart, tmp_path, monkeypatch):
+    store, _ = quickstart
+    folder, made, asides = tmp_path / "report", [], []
+    begin = report.aside
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(report, "aside", lambda *args, is_worth_it: (
+        asides.append(is_worth_it), begin(*args, is_worth_it=is_worth_it))[1])  # fmt: skip
+    for least in (10**9, 0):
+        monkeypatch.setattr(report, "LARGE", least)
+        report.write_report(store, folder, title="T", command="c")
+        made.append({str(path.relative_to(folder)): re.sub(rb"Written [\d: {}-]+", b"", text)
+                     for path in sorted(folder.rglob("*")) if path.is_file()
+                     for text in [path.read_bytes()]})  # fmt: skip
+        shutil.rmtree(folder)
+    assert asides == [False] * 3 + [True] * 5
+    assert made[0] == made[1]
+    assert {"figures/learning_curves.svg", "tables/claims.csv", "samples.csv"} <= set(made[0])
 
 
 def _answer(records) -> list[str]:
