@@ -264,25 +264,28 @@ def searched(frame: pd.DataFrame) -> pd.DataFrame:
     group = asked[[name for name in asked if name not in SEARCHED and not _is_name(name)]]
     group = group.groupby(list(group), dropna=False, sort=False).ngroup()
     sizes = group.map(group.value_counts())
-    rows = rows.assign(group=group)[sizes > 1] if varied else rows.iloc[:0].assign(group=0)
-    made = []
-    counts = rows.groupby(["size", "backend", "group"]).size()
-    for _, part in rows.groupby("group", sort=False):
-        part = part.sort_values("loss", kind="stable")
-        best, first = part["loss"].min(), part.iloc[0]
-        part["above"] = part["loss"] - best
-        part["what"] = ""
-        if not pd.isna(best):
-            words = ["best", *_edges(part)]
-            most = counts[first["size"], first["backend"]].max()
-            if most > len(part):
-                words.append(f"of {len(part)} settings, others had {most}")
-            part.iloc[0, part.columns.get_loc("what")] = ", ".join(words)
-        made.append(part)
-    if not made:
+    if not varied or not (sizes > 1).any():
         return pd.DataFrame(columns=columns)
-    order = sorted(made, key=lambda part: vocabulary.family_order(part["family"].iloc[0]))
-    return pd.concat(order).reset_index()[columns]
+    rows = rows.assign(group=pd.factorize(group)[0])[sizes > 1]
+    family = [vocabulary.family_order(name) for name in rows["family"]]
+    family, _ = pd.factorize(pd.Series(family, dtype=object), sort=True)
+    rows = rows.iloc[np.lexsort((rows["loss"], rows["group"], family))].copy()
+    groups = rows.groupby("group", sort=False)
+    rows["above"] = rows["loss"] - groups["loss"].transform("min")
+    is_best = ~rows["group"].duplicated() & rows["loss"].notna()
+    counts = groups["loss"].transform("size")
+    most = counts.groupby([rows["size"], rows["backend"]]).transform("max")
+    ends = {name: (groups[name].transform("min"), groups[name].transform("max"))
+            for name in SEARCHED}  # fmt: skip
+    rows["what"] = ""
+    for place in np.flatnonzero(is_best):
+        words = ["best"]
+        for name, (low, high) in ends.items():
+            words += _edge(name, rows[name].iloc[place], low.iloc[place], high.iloc[place])
+        if most.iloc[place] > counts.iloc[place]:
+            words.append(f"of {counts.iloc[place]} settings, others had {most.iloc[place]}")
+        rows.iloc[place, rows.columns.get_loc("what")] = ", ".join(words)
+    return rows.reset_index()[columns]
 
 
 def _is_name(name: str) -> bool:
@@ -290,16 +293,12 @@ def _is_name(name: str) -> bool:
     return name in ("optimizer.name", *settings.RESOLVED)
 
 
-def _edges(part: pd.DataFrame) -> list[str]:
-    """At which ends of the grid the best of these lies; of two values each is one."""
-    made = []
-    for name in SEARCHED:
-        values = np.unique(part[name].dropna())
-        short = name.rpartition(".")[2]
-        if len(values) > 1 and part[name].iloc[0] in (values[0], values[-1]):
-            end = "smallest" if part[name].iloc[0] == values[0] else "largest"
-            made.append(f"AT THE EDGE: the {end} {short} of the grid")
-    return made
+def _edge(name: str, value: float, low: float, high: float) -> list[str]:
+    """At which end of the grid the best value lies; of two values each is one."""
+    if not low < high or value not in (low, high):
+        return []
+    end = "smallest" if value == low else "largest"
+    return [f"AT THE EDGE: the {end} {name.rpartition('.')[2]} of the grid"]
 
 
 def edges(frame: pd.DataFrame) -> list[str]:
