@@ -12,10 +12,11 @@ _memory: dict[tuple, tuple[pd.DataFrame, Any]] | None = None
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Within the block, what is derived from one frame is derived once. Frames and results must
-    not be changed in place there."""
+    """Within the block, what is derived from one frame is derived once. What a block within it is
+    the first to derive is forgotten at the end of that. Frames and results must not be changed in
+    place there."""
     global _memory
-    before, _memory = _memory, {} if _memory is None else _memory
+    before, _memory = _memory, dict(_memory or {})
     try:
         yield
     finally:
