@@ -7,9 +7,14 @@ from analysis.tables import Table
 
 
 def answer(frame: pd.DataFrame, beside: list[Table]) -> list[str]:
-    """Two sentences with numbers: the architectures, then the frameworks. `beside` are the tables
-    of tables.comparisons."""
-    return [_architectures(frame, beside), _frameworks(beside[0].frame)]
+    """Sentences with numbers: the architectures, what an ablated setting does, the frameworks, each
+    where runs compare them. `beside` are the tables of report.comparison_tables."""
+    frameworks = [table.frame for table in beside if table.name == "backend_jax_torch"]
+    said = [_architectures(frame, beside), _ablated(beside), *map(_frameworks, frameworks)]
+    return [text for text in said if text] or [
+        "No completed run compares the architectures.",
+        "No completed run compares the frameworks.",
+    ]
 
 
 def caveats(frame: pd.DataFrame) -> list[str]:
@@ -111,10 +116,35 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
                 costs = f"takes {_range(1 / kept['speedup'].astype(float))} of" if len(kept) else \
                     "has no verdict beside"  # fmt: skip
                 parts.append(f"{what} of {name} {costs} MQA's time{where} {_over(part)}")
-    if not parts:
-        return "No completed run compares the architectures."
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{text[0].upper()}{text[1:]}." if parts else ""
+
+
+def _ablated(beside: list[Table]) -> str:
+    """What the values of settings of the model do to the loss of one cell, each beside the first;
+    of several cells or many values how many were found to differ."""
+    parts: dict[str, list[str]] = {}
+    for table in beside:
+        value, _, first = table.title.partition(" beside ")
+        found = table.frame
+        found = found[(found["metric"] == "bits_per_byte") & found["difference"].notna()]
+        if table.name.startswith(("backend_", "family_")) or found.empty:
+            continue
+        row, words = found.iloc[0], f"{value}: {_verdicts(found)}"
+        if len(found) == 1:
+            ends = [float(row[f"difference{end}"]) for end in ("", "_low", "_high")]
+            verdict = row["verdict"] if row["verdict"] in ("better", "worse") else "not resolved"
+            words = f"{value} {ends[0]:+.3f} [{ends[1]:+.3f}, {ends[2]:+.3f}] ({verdict})"
+        parts.setdefault(first, []).append(words)
+    return " ".join(
+        f"Held-out bits per byte beside {first}: {'; '.join(words)}."
+        for first, words in parts.items()
+    )
+
+
+def _verdicts(found: pd.DataFrame) -> str:
+    counts = found["verdict"].value_counts()
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
 def _frameworks(found: pd.DataFrame) -> str:
@@ -141,10 +171,7 @@ def _frameworks(found: pd.DataFrame) -> str:
         apart = quality["difference"].astype(float).abs().max()
         most = f"{apart:.4f} at most" if apart >= 5e-5 else "less than 0.0001"
         parts.append(f"held-out bits per byte differ between them by {most}")
-    if not parts:
-        return "No completed run compares the frameworks."
-    text = "; ".join(parts)
-    return f"The same model in both frameworks: {text}."
+    return f"The same model in both frameworks: {'; '.join(parts)}." if parts else ""
 
 
 def _is_resolved(frame: pd.DataFrame, ours: pd.Series, other: dict) -> bool:

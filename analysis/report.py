@@ -203,10 +203,11 @@ def write_report(
 
 
 def pairs(frame: pd.DataFrame, defaults: Mapping[str, Iterable[str]] | None = None) -> list[Pair]:
-    """JAX beside PyTorch, each other family beside MQA, and of each setting of model, kernels or
-    optimizer that was varied every other value beside its baseline: that of `defaults`, if it was
-    measured. A setting of very many values is a sweep, and no list of pairs."""
-    made = [("backend", "jax", "torch")]
+    """JAX beside PyTorch (where both ran, or nothing else is compared), each other family beside
+    MQA, and of each setting of model, kernels or optimizer that was varied every other value beside
+    its baseline: that of `defaults`, if it was measured. A setting of very many values is a sweep,
+    and no list of pairs."""
+    made = []
     families = settings.values_of(frame, "family")
     if "mqa" in families:
         made += [("family", family, "mqa") for family in families if family != "mqa"]
@@ -214,6 +215,8 @@ def pairs(frame: pd.DataFrame, defaults: Mapping[str, Iterable[str]] | None = No
         if len(values) <= MOST_VALUES:
             baseline = settings.baseline_of(by, values, defaults)
             made += [(by, value, baseline) for value in values if value != baseline]
+    if not made or len(settings.values_of(frame, "backend")) > 1:
+        made.insert(0, ("backend", "jax", "torch"))
     return made
 
 

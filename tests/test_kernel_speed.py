@@ -372,7 +372,7 @@ def test_the_answer_mixes_no_variants():
     made = [cell("jax", "sequential", 1), cell("torch", "sequential", 9),
             cell("jax", "pallas_gpu", 1), cell("torch", "triton", 2)]  # fmt: skip
     frame = frame_of(made)
-    _, frameworks = report.answer(frame, report.comparison_tables(frame, report.pairs(frame)))
+    (frameworks,) = report.answer(frame, report.comparison_tables(frame, report.pairs(frame)))
     for name, ratio in (("sequential", "9.00x"), ("pallas_gpu beside triton", "2.00x")):
         words = f"the recurrence alone ({name}) JAX is {ratio} as fast as PyTorch over 1 matched"
         assert words in frameworks

@@ -368,6 +368,21 @@ def _answer(records) -> list[str]:
     return report.answer(frame, report.comparison_tables(frame, report.pairs(frame)))
 
 
+def test_the_answer_says_what_an_ablated_setting_does():
+    def trained(gate: str, bits: float, seed: int):
+        noise = 0.001 * seed * (seed + len(gate))  # not the same for two gates
+        return record("language_modeling", "hawk", "torch", seed=seed, model={"gate": gate},
+                      samples=(sample("bits_per_byte", bits + noise),))  # fmt: skip
+
+    bits = {"rg_lru": 2.5, "lru": 2.4, "gru": 2.5}
+    records = [trained(*each, seed) for each in bits.items() for seed in range(3)]
+    learned, ablated = _answer(records)
+    assert learned.startswith("Hawk reaches held-out bits per byte")
+    assert ablated.startswith("Held-out bits per byte beside gate=gru: gate=lru -0.1")
+    assert re.search(r"gate=lru -0\.1\d\d \[.*?\] \(better\); gate=rg_lru .*\(not resolved\)\.$",
+                     ablated)  # fmt: skip
+
+
 def test_the_answer_mixes_no_devices_and_leaves_unpaired_out():
     gpu = {"device_kind": "h100"}
     records = [training(family, "jax", n) for n in range(6) for family in ("mqa", "griffin")]
