@@ -99,8 +99,9 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
         seeds = _count(int(first["num_seeds"]), "seed")
         leader = first["family"]
         verb = "reaches the fewest" if others else "reaches"
+        variant = f" with {first['variant']}" if first["variant"] else ""
         parts.append(
-            f"{style.family_label(leader)} {verb} held-out bits per byte at size "
+            f"{style.family_label(leader)}{variant} {verb} held-out bits per byte at size "
             f"{first['size']}, {first['value']:.3f}{against} "
             f"({style.backend_label(first['backend'])}, {seeds})"
         )
@@ -121,30 +122,29 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
 
 
 def _ablated(beside: list[Table]) -> str:
-    """What the values of settings of the model do to the loss of one cell, each beside the first;
-    of several cells or many values how many were found to differ."""
+    """What the values of a setting that was varied do to the loss, each beside its baseline: the
+    difference where it is one of one pair of cells, else how many were found to differ."""
     parts: dict[str, list[str]] = {}
     for table in beside:
-        value, _, first = table.title.partition(" beside ")
+        value, _, baseline = table.title.partition(" beside ")
         found = table.frame
         found = found[(found["metric"] == "bits_per_byte") & found["difference"].notna()]
         if table.name.startswith(("backend_", "family_")) or found.empty:
             continue
-        row, words = found.iloc[0], f"{value}: {_verdicts(found)}"
+        words = ", ".join(
+            f"{n} {verdict}" for verdict, n in found["verdict"].value_counts().items()
+        )
         if len(found) == 1:
-            ends = [float(row[f"difference{end}"]) for end in ("", "_low", "_high")]
-            verdict = row["verdict"] if row["verdict"] in ("better", "worse") else "not resolved"
-            words = f"{value} {ends[0]:+.3f} [{ends[1]:+.3f}, {ends[2]:+.3f}] ({verdict})"
-        parts.setdefault(first, []).append(words)
+            row = found.iloc[0]
+            words = f"{row['difference']:+.3f} {row['verdict']}"
+            if not pd.isna(row["difference_low"]):
+                interval = f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+                words = f"{row['difference']:+.3f} {interval} {row['verdict']}"
+        parts.setdefault(baseline, []).append(f"{value} {words}")
     return " ".join(
-        f"Held-out bits per byte beside {first}: {'; '.join(words)}."
-        for first, words in parts.items()
+        f"Held-out bits per byte beside {baseline}, each for itself: {'; '.join(words)}."
+        for baseline, words in parts.items()
     )
-
-
-def _verdicts(found: pd.DataFrame) -> str:
-    counts = found["verdict"].value_counts()
-    return ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
 def _frameworks(found: pd.DataFrame) -> str:

@@ -14,8 +14,6 @@ from analysis.remember import remembered
 from analysis.vocabulary import HEADLINES, QUALITIES, TIMES, family_order
 from suites.harness.record import METRICS
 
-KERNELS = ("linear_scan", "attention", "layers")  # settings that name a variant
-OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
 _SETTINGS = ("suite", "family", "size", "backend", "dtype", "device_kind", "op", "work_phase",
              "seq_len", "batch_size", "prompt_len", "num_new_tokens", "num_steps", "num_devices",
              "data", "task", "variant")  # fmt: skip
@@ -76,7 +74,7 @@ def pairs(
     partner stands alone: of a backend or a family any, else one of a suite and family in which
     both sides were asked for."""
     cells = outcomes(frame)
-    names = {*_SETTINGS, *_SIDE, *KERNELS, "kernels"}
+    names = {*_SETTINGS, *_SIDE, *settings.RESOLVED, "kernels"}
     cells = cells[[name for name in cells if name in names]].to_dict("records")
     cells.append(None)  # at -1
     return [(cells[left], cells[right]) for left, right in _places(frame, by, ours, baseline).T]
@@ -527,7 +525,7 @@ def _are_partners(cells: pd.DataFrame, left: np.ndarray, right: np.ndarray) -> n
     open_ = can_run[left] & can_run[right] & ~np.isin(left, left[first])
     second = np.zeros(len(left), dtype=bool)
     if open_.any():
-        facts = cells[["kernels", *KERNELS]].to_dict("records")
+        facts = cells[["kernels", *settings.RESOLVED]].to_dict("records")
         second[open_] = [
             _go_together(facts[one], facts[other])
             for one, other in zip(left[open_], right[open_], strict=True)
@@ -537,10 +535,10 @@ def _are_partners(cells: pd.DataFrame, left: np.ndarray, right: np.ndarray) -> n
 
 
 def _go_together(cell: dict, other: dict) -> bool:
-    for name in KERNELS:
+    for name in settings.RESOLVED:
         asked = [json.loads(c["kernels"]).get(name, "auto") for c in (cell, other)]
         ran = [c[name] if a == "auto" else a for a, c in zip(asked, (cell, other), strict=True)]
-        are_own = all(a == "auto" or a.startswith(OUR_KERNELS) for a in asked)
+        are_own = all(a == "auto" or a.startswith(settings.OUR_KERNELS) for a in asked)
         if not are_own and ran[0] != ran[1]:
             return False
     return True

@@ -1,12 +1,12 @@
 """The matching certificate: what runs that are compared had in common, and what they had not."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from analysis import derive, settings, vocabulary
-from analysis.comparisons import OUR_KERNELS
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Match:
     suite: str
     size: str
     scope: str  # "griffin: jax, torch", "jax: griffin, hawk, mqa" or "hawk jax, gate: gru, rg_lru"
+    has_both: bool  # whether anything is compared
     is_matched: bool | None  # None: one side only, or a fact that was not recorded
     differs: tuple[str, ...]
     facts: dict[str, str]
@@ -35,7 +36,33 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     """What the runs compared had in common: per family across backends; per backend across
     families; and per family and backend across the values of each setting of the model that is
     ablated. Runs of one seed and round are held against each other. Backends must both scan with a
-    kernel of ours, or neither; models of one backend must run the same kernels."""
+    kernel of ours, or neither; models of one backend must run the same kernels. What has one side
+    alone is told where its runs are in no comparison."""
+    rows, table = _completed(frame), settings.asked(frame)
+    facts = {name: _Codes(rows[name]) for name in FACTS}
+    comparisons = [("backend", "family", MATCHED_ACROSS_BACKENDS),
+                   ("family", "backend", MATCHED_ACROSS_MODELS)]  # fmt: skip
+    for name in settings.varying(frame):
+        if name.startswith("model."):
+            rows[name] = rows["cell_id"].map(table[name])
+            comparisons.append((name, "one_model", MATCHED_ACROSS_MODELS))
+    made = []
+    for by, held, same in comparisons:
+        rows["match"] = rows["cell_id"].map(settings.shared(table, by))
+        made += _matches(rows, facts, by, held, same)
+    compared = {run_id for match in made if match.has_both for run_id in match.run_ids}
+    made = [match for match in made if match.has_both or not compared.issuperset(match.run_ids)]
+    families = [*vocabulary.FAMILIES, *sorted(set(rows["family"]) - set(vocabulary.FAMILIES))]
+
+    def place(match: Match) -> tuple:
+        who = match.scope.split(":")[0].split(" ")[0]
+        return (match.suite, match.size, families.index(who) if who in families else 99, who)
+
+    return sorted(made, key=place)
+
+
+def _completed(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a run that completed, parity aside: who it is, and its facts."""
     rows = derive.runs(frame)
     kept = {*_WHO, *_COUNTS, *FACTS, *settings.RESOLVED}
     is_done = (rows["suite"] != "parity") & (rows["outcome"] == "completed")
@@ -48,55 +75,43 @@ def certificate(frame: pd.DataFrame) -> list[Match]:
     used = [name + " " + ran[name] for name in ran]
     rows["kernels_used"] = used[0].str.cat(used[1:], sep=", ")
     rows["one_model"] = rows["family"].astype(str) + " " + rows["backend"].astype(str)
-    table = settings.asked(frame)
-    ablated = [name for name in settings.varying(frame) if name.startswith("model.")]
-    facts = {name: _Codes(rows[name]) for name in FACTS}
-    made = []
-    for by, held, same in (
-        ("backend", "family", MATCHED_ACROSS_BACKENDS),
-        ("family", "backend", MATCHED_ACROSS_MODELS),
-        *((name, "one_model", MATCHED_ACROSS_MODELS) for name in ablated),
-    ):
-        side = _Codes(rows["cell_id"].map(table[by]) if by in ablated else rows[by])
-        held_equal = {name: facts[name] for name in same}
-        if by == "family":
-            held_equal["optimizer"] = _Codes(rows["optimizer"].map(_but_tuned, na_action="ignore"))
-        whose = ["suite", "size", held]
-        rows["match"] = rows["cell_id"].map(settings.shared(table, by))
-        points = _numbers(rows, [*whose, "match", "seed", "round"])
-        together = side.differ(points)
-        differing = {name: codes.differ(points) for name, codes in held_equal.items()}
-        for group in _split(_numbers(rows, whose)):
-            names = sorted(side.known(group), key=vocabulary.family_order)
-            if by in ablated and len(names) < 2:
-                continue
-            both = group[together[group]]
-            differs = [name for name, is_other in differing.items() if is_other[both].any()]
-            unknown = [name for name in same if (facts[name].codes[both] < 0).any()]
-            suite, size, who = (rows[name].iloc[group[0]] for name in whose)
-            own = "" if by in ("backend", "family") else f", {by.removeprefix('model.')}"
-            verdict = not differs
-            if not differs and (unknown or not len(both)):
-                verdict = None
-                differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
-            made.append(
-                Match(
-                    suite,
-                    size,
-                    f"{who}{own}: {', '.join(names)}",
-                    verdict,
-                    tuple(differs),
-                    {name: _span(facts[name].known(group)) for name in FACTS},
-                    tuple(rows["run_id"].iloc[group]),
-                )
-            )
-    families = [*vocabulary.FAMILIES, *sorted(set(rows["family"]) - set(vocabulary.FAMILIES))]
+    return rows
 
-    def place(match: Match) -> tuple:
-        who = match.scope.split(":")[0].split(" ")[0]
-        return (match.suite, match.size, families.index(who) if who in families else 99, who)
 
-    return sorted(made, key=place)
+def _matches(
+    rows: pd.DataFrame, facts: dict[str, "_Codes"], by: str, held: str, same: tuple[str, ...]
+) -> Iterator[Match]:
+    """Of each suite, size and `held` the values of `by`, with what must be the same of them."""
+    is_ablated = by not in ("backend", "family")
+    whose, side, equal = ["suite", "size", held], _Codes(rows[by]), {n: facts[n] for n in same}
+    if by == "family":
+        equal["optimizer"] = _Codes(rows["optimizer"].map(_but_tuned, na_action="ignore"))
+    points = _numbers(rows, [*whose, "match", "seed", "round"])
+    together = side.differ(points)
+    differing = {name: codes.differ(points) for name, codes in equal.items()}
+    for group in _split(_numbers(rows, whose)):
+        names = sorted(side.known(group), key=vocabulary.family_order)
+        if is_ablated and len(names) < 2:
+            continue
+        both = group[together[group]]
+        differs = [name for name, is_other in differing.items() if is_other[both].any()]
+        unknown = [name for name in same if (facts[name].codes[both] < 0).any()]
+        is_matched = not differs
+        if not differs and (unknown or not len(both)):
+            is_matched = None
+            differs = [f"{name} not recorded" for name in unknown] or [f"{names[0]} only"]
+        suite, size, who = (rows[name].iloc[group[0]] for name in whose)
+        own = f", {by.removeprefix('model.')}" if is_ablated else ""
+        yield Match(
+            suite=suite,
+            size=size,
+            scope=f"{who}{own}: {', '.join(names)}",
+            has_both=bool(len(both)),
+            is_matched=is_matched,
+            differs=tuple(differs),
+            facts={name: _span(facts[name].known(group)) for name in FACTS},
+            run_ids=tuple(rows["run_id"].iloc[group]),
+        )
 
 
 class _Codes:
@@ -135,7 +150,7 @@ def _split(number: np.ndarray) -> list[np.ndarray]:
 
 
 def _kind(variant: str) -> str:
-    return "hand-written" if variant.startswith(OUR_KERNELS) else "composed"
+    return "hand-written" if variant.startswith(settings.OUR_KERNELS) else "composed"
 
 
 def _but_tuned(optimizer: str) -> str:

@@ -17,6 +17,7 @@ from analysis.remember import remembered
 from analysis.vocabulary import family_order
 
 RESOLVED = ("linear_scan", "attention", "layers")  # kernels: by the name of what ran
+OUR_KERNELS = ("triton", "pallas")  # the variants that are hand-written begin with it
 BASELINE = {"backend": "torch", "family": "mqa", "linear_scan": "sequential",
             "attention": "plain", "layers": "plain"}  # fmt: skip
 # What changes with a setting and is no difference of its own.

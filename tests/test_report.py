@@ -263,7 +263,9 @@ def test_gates_are_matched_where_they_run_the_same_kernels(variant, is_matched):
         for gate, kernel in (("rg_lru", "triton"), ("lru", variant))
         for seed in (0, 1)
     ]
-    match = matches(records)["hawk torch, gate: lru, rg_lru"]
+    found = matches(records)
+    assert set(found) == {"hawk torch, gate: lru, rg_lru"}  # no family and no backend alone
+    match = found["hawk torch, gate: lru, rg_lru"]
     assert match.is_matched is is_matched
     assert match.differs == (() if is_matched else ("kernels_used",))
 
@@ -377,10 +379,13 @@ def test_the_answer_says_what_an_ablated_setting_does():
     bits = {"rg_lru": 2.5, "lru": 2.4, "gru": 2.5}
     records = [trained(*each, seed) for each in bits.items() for seed in range(3)]
     learned, ablated = _answer(records)
-    assert learned.startswith("Hawk reaches held-out bits per byte")
-    assert ablated.startswith("Held-out bits per byte beside gate=gru: gate=lru -0.1")
-    assert re.search(r"gate=lru -0\.1\d\d \[.*?\] \(better\); gate=rg_lru .*\(not resolved\)\.$",
+    assert learned.startswith("Hawk with gate=lru reaches held-out bits per byte")
+    assert ablated.startswith("Held-out bits per byte beside gate=gru, each for itself: gate=lru")
+    assert re.search(r"gate=lru -0\.1\d\d \[.*?\] better; gate=rg_lru .*\] not resolved\.$",
                      ablated)  # fmt: skip
+    one = [one for one in records if one.run["seed"] == 0]
+    assert "gate=lru -0.1" in _answer(one)[1]
+    assert "[" not in _answer(one)[1]
 
 
 def test_the_answer_mixes_no_devices_and_leaves_unpaired_out():
