@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import comparisons, derive, power_law, settings, statistics, style, vocabulary
+from analysis import derive, pairing, power_law, settings, statistics, style, vocabulary
 from analysis.remember import remembered
 from analysis.tables import MAX_ROWS, NONE, RUNS, Table, number, run_ids
 
@@ -149,7 +149,7 @@ def _tokens(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     made = []
     families = [f for f in settings.values_of(frame, "family") if f != baseline] if curves else []
     for family in families:
-        for ours, other in comparisons.pairs(frame, "family", family, baseline):
+        for ours, other in pairing.pairs(frame, "family", family, baseline):
             if ours is None or other is None or ours["suite"] != SUITE:
                 continue
             pair = [curves.get(cell["cell_id"], {}) for cell in (ours, other)]

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings, statistics, tables
-from analysis.comparisons import in_order, is_wanted
+from analysis.comparisons import in_order
 from analysis.derive import outcomes, processes, runs, summary
+from analysis.judging import is_wanted
 from analysis.load import COLUMNS
 from analysis.vocabulary import plain
 from suites.harness.record import METRICS

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import settings, statistics
-from analysis.comparisons import pairs
 from analysis.derive import processes, runs
+from analysis.pairing import pairs
 from analysis.remember import remembered
 from analysis.vocabulary import HEADLINES, QUALITIES
 from suites.harness.record import METRICS
