@@ -76,7 +76,7 @@ def _reached(frame: pd.DataFrame) -> pd.DataFrame:
     above = above_ngrams(frame)
     made["num_judged"] = above.groupby("cell_id").size()
     made["num_above"] = above[above["is_above"]].groupby("cell_id").size()
-    made["run_ids"] = run_ids(frame)
+    made["run_ids"] = run_ids(frame).reindex(made.index)  # else an empty frame would grow
     made[["num_judged", "num_above"]] = made[["num_judged", "num_above"]].fillna(0).astype(int)
     return _ordered(made.reset_index())
 
@@ -260,7 +260,7 @@ def searched(frame: pd.DataFrame) -> pd.DataFrame:
         rows[name] = reached[name]
     rows["num_seeds"] = rows["num_seeds"].fillna(0).astype(int)
     rows["num_runs"], rows["status"] = cells["num_completed"], cells["status"]
-    rows["run_ids"] = run_ids(frame)
+    rows["run_ids"] = run_ids(frame).reindex(rows.index)
     group = asked[[name for name in asked if name not in SEARCHED and not _is_name(name)]]
     group = group.groupby(list(group), dropna=False, sort=False).ngroup()
     sizes = group.map(group.value_counts())
