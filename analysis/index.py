@@ -7,7 +7,6 @@ the last one stays. Its pages have checksums: an index that was damaged is none.
 
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,12 +25,9 @@ VERSION = b"aerie"  # the key of an index's version in its metadata
 CHUNK = 500  # records that are read at a time
 MANY = 4 * CHUNK  # records from which a process on each core reads them, and progress is shown
 
-SETTLED_S = 10  # a folder changed as lately may change again within one tick of its clock
-
 Make = Callable[[list[Record]], pa.Table]
 File = tuple[str, str, int, int]  # as in FILE; one that was replaced differs in size or time
 FILE = {"folder": pa.string(), "file": pa.string(), "num_bytes": pa.int64(), "mtime_ns": pa.int64()}
-FOLDER_TIME = "folder_mtime_ns"  # beside them: when the folder got its last file, 0 if just now
 
 
 def table_of(store: Path, make: Make, version: str) -> pa.Table:
@@ -40,10 +36,9 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
     runs = store / "runs"
     with ThreadPoolExecutor(1) as pool:  # Arrow reads beside Python's look at every folder
         index = pool.submit(_read, store / INDEX, version)
-        folders = _folders(runs)
+        found = set(_scan(runs))
     table = _with_files(make([]), []) if index.result() is None else index.result()
     known = list(zip(*(table[name].to_pylist() for name in FILE), strict=True))
-    found = set(_scan(runs, folders, known, table[FOLDER_TIME].to_pylist()))
     new = sorted(found.difference(known))
     if len(known) == len(found) and not new:
         return table
@@ -52,48 +47,19 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
     table = table.unify_dictionaries().combine_chunks()
     by_name = [("folder", "ascending"), ("file", "ascending")]
     table = table.take(compute.sort_indices(table.select(["folder", "file"]), by_name))
-    times = pa.array([folders[name] for name in table["folder"].to_pylist()], pa.int64())
-    table = table.set_column(table.column_names.index(FOLDER_TIME), FOLDER_TIME, times)
     with suppress(OSError):  # a store that cannot be written can still be read
         _write(table, store / INDEX, version)
     return table
 
 
-def _folders(runs: Path) -> dict[str, int]:
-    """Every folder, and when it changed: 0 where that is too short a time ago to tell a later
-    change from it."""
-    latest = time.time_ns() - SETTLED_S * 10**9
-    made = {}
+def _scan(runs: Path) -> Iterator[File]:
     with suppress(FileNotFoundError), os.scandir(runs) as folders:
         for folder in folders:
-            with suppress(FileNotFoundError):
-                changed = folder.stat().st_mtime_ns
-                made[folder.name] = changed if changed < latest else 0
-    return made
-
-
-def _scan(
-    runs: Path, folders: dict[str, int], known: list[File], times: list[int]
-) -> Iterator[File]:
-    """Every record file. A folder that did not change since it was indexed has the names that are
-    known, which takes a third of the time of asking it."""
-    names: dict[str, list[str]] = {}
-    for (folder, name, *_), changed in zip(known, times, strict=True):
-        if changed and folders.get(folder) == changed:
-            names.setdefault(folder, []).append(name)
-    for folder in folders:
-        path = f"{runs}/{folder}"
-        for name in names.get(folder) or _record_names(path):
-            with suppress(FileNotFoundError):
-                stat = os.stat(f"{path}/{name}")
-                yield folder, name, stat.st_size, stat.st_mtime_ns
-
-
-def _record_names(folder: str) -> list[str]:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        names = os.listdir(folder)
-        return [name for name in names if name.endswith(".json") and not name.startswith(".")]
-    return []
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder.path) as files:
+                for file in files:
+                    if file.name.endswith(".json") and not file.name.startswith("."):
+                        stat = file.stat()
+                        yield folder.name, file.name, stat.st_size, stat.st_mtime_ns
 
 
 def _read_files(runs: Path, files: list[File], make: Make) -> Iterator[pa.Table]:
@@ -137,7 +103,7 @@ def _record(path: Path) -> Record:
 def _with_files(table: pa.Table, files: list[File]) -> pa.Table:
     for place, (name, kind) in enumerate(FILE.items()):
         table = table.append_column(name, pa.array([file[place] for file in files], kind))
-    return table.append_column(FOLDER_TIME, pa.array([0] * len(files), pa.int64()))
+    return table
 
 
 def _read(path: Path, version: str) -> pa.Table | None:

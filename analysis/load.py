@@ -20,7 +20,7 @@ from pyarrow import parquet
 from analysis import index
 from suites.harness.record import Record
 
-FRAME_SCHEMA = 9  # raise it when columns change: older indexes are then rebuilt
+FRAME_SCHEMA = 8  # raise it when columns change: older indexes are then rebuilt
 
 # Fields of ModelConfig in which a speed and the parity that verifies it may differ; the others are
 # architecture, which parity is about. So is head_dim, a size too: a kernel is compiled for it.

@@ -1,7 +1,6 @@
 """From record files to the frame: what a row holds, and an index that is never wrong."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -205,59 +204,6 @@ def test_an_index_of_other_columns_is_none(store, were_read, monkeypatch):
     monkeypatch.setattr(load, "FRAME_SCHEMA", -1)
     pd.testing.assert_frame_equal(analysis.load(store), want)
     assert len(were_read) == 7
-
-
-@pytest.fixture
-def were_listed(monkeypatch):
-    """The folders that were asked for their names."""
-    names, listed = [], index._record_names
-
-    def noted(folder):
-        names.append(Path(folder).name)
-        return listed(folder)
-
-    monkeypatch.setattr(index, "_record_names", noted)
-    return names
-
-
-@pytest.fixture
-def settled(store):
-    """A store whose folders changed long ago, indexed."""
-    for folder in (store / "runs").iterdir():
-        os.utime(folder, (1e9, 1e9))
-    analysis.load(store)
-    return store
-
-
-def test_a_folder_that_did_not_change_is_not_listed_again(settled, were_listed):
-    want = rebuilt(settled)
-    assert sorted(were_listed) == sorted(path.name for path in (settled / "runs").iterdir())
-    were_listed.clear()
-    pd.testing.assert_frame_equal(analysis.load(settled), want)
-    assert were_listed == []
-
-
-def test_a_folder_that_changed_a_moment_ago_is_listed_again(store, were_listed):
-    """Its clock may tick too slowly to tell the next change from the last."""
-    analysis.load(store)
-    were_listed.clear()
-    analysis.load(store)
-    assert len(were_listed) == len(list((store / "runs").iterdir()))
-
-
-@pytest.mark.parametrize("change", ["another attempt", "written in place", "deleted"])
-def test_a_change_in_a_settled_folder_is_seen(settled, change):
-    before = analysis.load(settled)
-    path = max((settled / "runs").glob("*/*.json"))
-    if change == "another attempt":
-        (path.parent / f"x{path.name}").write_text(path.read_text())
-    elif change == "written in place":
-        path.write_text(path.read_text().replace('"completed"', '"timed_out"'))
-    else:
-        path.unlink()
-    after = analysis.load(settled)
-    assert not after.equals(before)
-    pd.testing.assert_frame_equal(after, rebuilt(settled))
 
 
 def test_a_writer_that_comes_late_loses_nothing(store, monkeypatch):
