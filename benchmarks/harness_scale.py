@@ -6,6 +6,8 @@ Starts a throw-away Slurm of its own (tests/slurm_cluster.py). Every case has a 
 where one is not met. Wall times are those of whole commands, as a user waits for them; beside them
 stand the seconds that they kept a core busy, which a machine with other work changes less.
 
+command  short commands, as people type them: help, a second run with nothing to do, status and
+         report of a thousand runs
 plan     planning NUM_RUNS runs, of a timing and of a quality suite
 submit   submitting them and their parity proxies, one job a run, to a real controller: intent,
          copy of the code, sbatch
@@ -37,6 +39,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+from finished_runs import finished
 from slurm_cluster import Node, Partition, SlurmCluster
 from slurm_shims import SlurmShims
 
@@ -55,6 +58,7 @@ TIMING = ("suite=training_speed", *VARIANTS, LEARNING_RATES,
           "suite.seq_lens=[64,128,256,512,1024]", "dtype=float32",
           "suite.rounds=25", "model.conv_width=2,3,4,5,6")  # fmt: skip
 PLAN_S, SUBMIT_S, STATUS_S = 10.0, 30.0, 3.0
+HELP_S, AGAIN_S, THOUSAND_S = 0.3, 2.0, 5.0
 NUM_SAMPLES = 20  # of a record
 
 NUM_SLEEPS, LANES, SLEEP_S = 200, 4, 65.0
@@ -136,6 +140,28 @@ class Place:
         held = ("cluster.sbatch={hold: true}", "cluster.runs_per_job=1")
         command = ["submit", *QUALITY, *CLUSTER, *held, "--results", str(store), "--json"]
         return store, aerie(*command, environment=self.environment)
+
+
+# --- Short commands.
+
+
+def command(place: Place) -> Iterator[Row]:
+    quick, thousand = place.folder / "quick", place.folder / "thousand"
+    with mock.patch.object(os, "fsync"):
+        finished(quick, "experiment=quickstart")
+        finished(thousand, "suite=training_speed", "family=hawk", "suite.rounds=1",
+                 "suite.seq_lens=[256]", "backend=jax,torch", copies=500)  # fmt: skip
+    again = ("run", "experiment=quickstart", "--results", str(quick))
+    aerie(*again, environment=place.environment)  # makes the report
+    cases = (
+        ("help", ("--help",), HELP_S),
+        ("run, nothing to do", again, AGAIN_S),
+        ("status, 1,000 runs", ("status", "--results", str(thousand)), THOUSAND_S),
+        ("report, 1,000 runs", ("report", "--results", str(thousand)), THOUSAND_S),
+    )
+    for name, arguments, bound in cases:
+        done = aerie(*arguments, environment=place.environment)
+        yield Row(name, done.cpu_s, bound, "CPU s", {"s": done.seconds})
 
 
 # --- Thousands of runs.
@@ -332,7 +358,7 @@ def _busy_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-CASES = {case.__name__: case for case in (plan, submit, status, sleep, budget)}
+CASES = {case.__name__: case for case in (command, plan, submit, status, sleep, budget)}
 
 
 def main() -> int:
