@@ -170,18 +170,27 @@ def effects(
 
 class _Model:
     """Least squares with effects that sum to zero over the levels of a factor, so that a main
-    effect is averaged over all levels of the others, however many runs each has."""
+    effect is averaged over all levels of the others, however many runs each has.
+
+    Many runs are as many rows as there are columns: those of R, where QR is the design with its
+    values, have the same inner products, hence the same ranks, solutions and residuals."""
 
     def __init__(self, rows: pd.DataFrame, levels: Mapping[str, list]) -> None:
         self.levels, self.num_seeds = levels, rows["seed"].nunique()
         self.codes = {name: _sum_to_zero(len(known)) for name, known in levels.items()}
-        self.value = rows["value"].to_numpy(dtype=float)
+        value = rows["value"].to_numpy(dtype=float)
+        self.rounding = ROUNDING * float(np.abs(value).max())
+        self.num_rows = len(rows)
         seeds = pd.get_dummies(rows["seed"]).to_numpy(dtype=float)
         mains = {
-            (name,): self.codes[name][[known.index(level) for level in rows[name]]]
+            (name,): self.codes[name][pd.Index(known).get_indexer(rows[name])]
             for name, known in levels.items()
         }
         pairs = {(a, b): _products(mains[a,], mains[b,]) for a, b in combinations(levels, 2)}
+        seeds, *made, value = _triangle(seeds, *mains.values(), *pairs.values(), value)
+        self.value = value[:, 0]
+        made = dict(zip([*mains, *pairs], made, strict=True))
+        mains, pairs = ({term: made[term] for term in terms} for terms in (mains, pairs))
         self.left_out: dict[tuple[str, ...], str] = {}
         parts: dict[tuple[str, ...], np.ndarray] = {}
         for term, columns in mains.items():
@@ -205,9 +214,8 @@ class _Model:
         self.everything = [*mains, *pairs]
         self.seeds, self.parts = seeds, parts
         matrix = np.hstack([seeds, *parts.values()])
-        self.freedom = len(rows) - _rank(matrix)
+        self.freedom = self.num_rows - _rank(matrix)
         self.solution, *_ = np.linalg.lstsq(matrix, self.value, rcond=None)
-        self.rounding = ROUNDING * float(np.abs(self.value).max())
         self.residual = self._residual(matrix, self.solution)
         self.inverse = np.linalg.pinv(matrix.T @ matrix)
         starts = np.cumsum([seeds.shape[1], *(part.shape[1] for part in parts.values())])
@@ -239,7 +247,7 @@ class _Model:
 
     def _residual(self, matrix: np.ndarray, solution: np.ndarray) -> float:
         squares = float(((self.value - matrix @ solution) ** 2).sum())
-        return 0.0 if squares < len(self.value) * self.rounding**2 else squares
+        return 0.0 if squares < self.num_rows * self.rounding**2 else squares
 
 
 def _effects(model: _Model, better: str) -> pd.DataFrame:
@@ -296,6 +304,13 @@ def _sum_to_zero(count: int) -> np.ndarray:
 
 def _products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (left[:, :, None] * right[:, None, :]).reshape(len(left), -1)
+
+
+def _triangle(*parts: np.ndarray) -> list[np.ndarray]:
+    """The columns of R, where QR is these parts side by side."""
+    parts = [part.reshape(len(part), -1) for part in parts]
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    return np.split(np.linalg.qr(np.hstack(parts), mode="r"), ends, axis=1)
 
 
 def _rank(*parts: np.ndarray) -> int:
