@@ -1,5 +1,6 @@
 """What is made beside the rest of a large report: in a copy of this process, on another core."""
 
+import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,5 +38,6 @@ def aside(function: Callable[[], T], *, is_worth_it: bool = True) -> Callable[[]
 
 def _work(function: Callable[[], T], sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with who began it
+    gc.disable()  # to look for garbage in what is shared would copy it, and this ends soon
     with suppress(Exception):
         sender.send(function())

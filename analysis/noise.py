@@ -43,7 +43,9 @@ def flags(frame: pd.DataFrame) -> pd.Series:
         is_odd.loc[series, DRIFTING] = statistics.is_drifting(block)
         is_odd.loc[series, TWO_MODES] = statistics.has_two_modes(block)
     found = is_odd.groupby([first[name] for name in key], observed=True).any()
-    words = [", ".join(found.columns[row]) for row in found.to_numpy()]
+    names = {(False, False): "", (True, False): DRIFTING, (False, True): TWO_MODES,
+             (True, True): f"{DRIFTING}, {TWO_MODES}"}  # fmt: skip
+    words = [names[odd] for odd in found.itertuples(index=False, name=None)]
     return pd.Series(words, index=found.index, dtype=object)
 
 
