@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import compute, parquet
 
+from analysis.aside import aside
 from suites.harness.record import Record
 
 INDEX = "index.parquet"
@@ -53,13 +54,28 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
 
 
 def _scan(runs: Path) -> Iterator[File]:
-    with suppress(FileNotFoundError), os.scandir(runs) as folders:
-        for folder in folders:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder.path) as files:
-                for file in files:
-                    if file.name.endswith(".json") and not file.name.startswith("."):
-                        stat = file.stat()
-                        yield folder.name, file.name, stat.st_size, stat.st_mtime_ns
+    try:
+        folders = os.listdir(runs)
+    except FileNotFoundError:
+        return
+    half = len(folders) // 2
+    others = aside(partial(_files, runs, folders[:half]), is_worth_it=len(folders) >= MANY)
+    yield from _files(runs, folders[half:])
+    yield from others()
+
+
+def _files(runs: Path, folders: list[str]) -> list[File]:
+    made = []
+    for folder in folders:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(f"{runs}/{folder}") as files,
+        ):
+            for file in files:
+                if file.name.endswith(".json") and not file.name.startswith("."):
+                    stat = file.stat()
+                    made.append((folder, file.name, stat.st_size, stat.st_mtime_ns))
+    return made
 
 
 def _read_files(runs: Path, files: list[File], make: Make) -> Iterator[pa.Table]:
