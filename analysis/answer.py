@@ -2,7 +2,17 @@
 
 import pandas as pd
 
-from analysis import checks, comparisons, derive, quality, settings, statistics, style, vocabulary
+from analysis import (
+    checks,
+    comparisons,
+    derive,
+    positions,
+    quality,
+    settings,
+    statistics,
+    style,
+    vocabulary,
+)
 from analysis.tables import Table
 
 
@@ -10,7 +20,8 @@ def answer(frame: pd.DataFrame, beside: list[Table]) -> list[str]:
     """Sentences with numbers: the architectures, what an ablated setting does, the frameworks, each
     where runs compare them. `beside` are the tables of report.comparison_tables."""
     frameworks = [table.frame for table in beside if table.name == "backend_jax_torch"]
-    said = [_architectures(frame, beside), _ablated(beside), *map(_frameworks, frameworks)]
+    said = [_architectures(frame, beside), _trained_longer(frame), _ablated(beside),
+            *map(_frameworks, frameworks)]  # fmt: skip
     return [text for text in said if text] or [
         "No completed run compares the architectures.",
         "No completed run compares the frameworks.",
@@ -121,6 +132,31 @@ def _architectures(frame: pd.DataFrame, beside: list[Table]) -> str:
     return f"{text[0].upper()}{text[1:]}." if parts else ""
 
 
+def _trained_longer(frame: pd.DataFrame) -> str:
+    """What longer training sequences do to the loss at positions where none was trained."""
+    found, said = positions.longer(frame), []
+    for (short, long, start), part in found.groupby(["short", "long", "start"]):
+        told = ["family", "variant", *(n for n in ("size", "backend") if part[n].nunique() > 1)]
+        words = []
+        for row in part.sort_values("family", key=_in_order).to_dict("records"):
+            family, *rest = (row[name] for name in told)
+            who = " ".join(filter(None, (style.family_label(family), *rest)))
+            words.append(f"{who} {_change(row['value'], row['interval'])} {row['verdict']}")
+        said.append(
+            f"Nats per token at positions from {start:,} on, after training on {long:,} tokens at "
+            f"a time instead of {short:,}, as many in all: {'; '.join(words)}."
+        )
+    return " ".join(said)
+
+
+def _in_order(families: pd.Series) -> pd.Series:
+    return families.map(vocabulary.family_order)
+
+
+def _change(value: float, interval: statistics.Interval | None) -> str:
+    return f"{value:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+
+
 def _ablated(beside: list[Table]) -> str:
     """What the values of a setting that was varied do to the loss, each beside its baseline: the
     difference where it is one of one pair of cells, else how many were found to differ."""
@@ -136,10 +172,9 @@ def _ablated(beside: list[Table]) -> str:
         )
         if len(found) == 1:
             row = found.iloc[0]
-            words = f"{row['difference']:+.3f} {row['verdict']}"
-            if not pd.isna(row["difference_low"]):
-                interval = f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-                words = f"{row['difference']:+.3f} {interval} {row['verdict']}"
+            ends = row["difference_low"], row["difference_high"]
+            interval = None if pd.isna(ends[0]) else ends
+            words = f"{_change(row['difference'], interval)} {row['verdict']}"
         parts.setdefault(baseline, []).append(f"{value} {words}")
     return " ".join(
         f"Held-out bits per byte beside {baseline}, each for itself: {'; '.join(words)}."

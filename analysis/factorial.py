@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import fdtrc
 
-from analysis import settings, statistics
+from analysis import positions, settings, statistics
 from analysis.derive import processes
 from analysis.remember import remembered
 from analysis.vocabulary import HEADLINES, TIMES
@@ -38,6 +38,7 @@ class Ablation:
     num_seeds: int
     num_cells: int
     num_missing: int  # cells of the whole grid without a run
+    start: int | None = None  # the position from which losses are compared, where lengths vary
     run_ids: str = ""  # behind all of it, with spaces between
 
 
@@ -52,6 +53,7 @@ def ablations(
     else they are those of settings.baseline_of.
 
     Of times the logarithm is taken and rounds are the blocks: a difference of 0.05 is 5% more.
+    Losses beyond several training lengths are compared at the same positions (analysis/positions).
     """
     metric = metric or HEADLINES[suite][0]
     better = METRICS[metric].better
@@ -73,7 +75,9 @@ def ablations(
             first = {name: settings.baseline_of(name, known) for name, known in levels.items()}
             first |= {n: level for n, level in baseline.items() if level in levels.get(n, ())}
             found = effects(rows, names, baseline=first, better=better)
-            made[backend] = replace(found, run_ids=" ".join(dict.fromkeys(rows["run_id"])))
+            ids = " ".join(dict.fromkeys(rows["run_id"]))
+            start = int(rows["start"].max()) if "start" in rows else None
+            made[backend] = replace(found, run_ids=ids, start=start)
     return made
 
 
@@ -98,7 +102,8 @@ def _design(frame: pd.DataFrame, suite: str, backend: str, metric: str) -> pd.Da
     compared with no other, as the window of a family without one, are no part of it."""
     cells, is_done = _cells(frame, suite, backend), False
     levels = settings.varying_among(frame, cells)
-    rows = processes(frame)
+    is_apart = metric == positions.BEYOND and "seq_len" in levels
+    rows = positions.unseen(frame) if is_apart else processes(frame)
     rows = rows[(rows["suite"] == suite) & (rows["backend"] == backend)]
     rows = rows[(rows["metric"] == metric) & rows["at"].isna()]
     while not is_done:  # without the cells of one factor another may no longer vary
@@ -111,7 +116,9 @@ def _design(frame: pd.DataFrame, suite: str, backend: str, metric: str) -> pd.Da
     design = cells.loc[rows["cell_id"]].reset_index(drop=True)
     is_time = metric in TIMES
     value = rows["value"].to_numpy(dtype=float)
+    start = {"start": rows["start"].to_numpy()} if is_apart else {}
     return design.assign(
+        **start,
         run_id=rows["run_id"].to_numpy(),
         seed=rows["round" if is_time else "seed"].to_numpy(),
         value=np.log(value) if is_time else value,

@@ -24,6 +24,10 @@ from analysis.remember import remembered
 from suites.harness.record import METRICS, PASSES
 
 NONE = "-"
+EQUAL_POSITIONS = (
+    "Losses are those at positions from {:,} on, where none of these was trained: the mean over "
+    "their buckets, which weigh alike."
+)
 MAX_ROWS = 200  # texts of a table: a page of 100,000 records must still open; its CSV has every row
 RUNS = {"": ("run_ids",)}
 BASELINES = ("unigram_bits_per_byte", "ngram_bits_per_byte")  # what a language model must beat
@@ -357,6 +361,8 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
                 f"settings, with 95% intervals; of two settings (x), beyond the sum of both. "
                 f"Seeds are blocks ({one.num_seeds}); p is adjusted for all rows (Holm)."
             )
+            if one.start is not None:
+                note += f" {EQUAL_POSITIONS.format(one.start)}"
             note += _detectable(one.effects.assign(metric=metrics[0]))
             if one.num_missing:
                 note += (

@@ -309,7 +309,8 @@ def extrapolated(family: str, backend: str, seed: int = 0, seq_len: int = 128) -
                     sample("loss_error", 0.05, at=at),
                     sample("num_documents", 20, at=at)]  # fmt: skip
     return record("length_extrapolation", family, backend, samples=tuple(samples), seed=seed,
-                  seq_len=seq_len, num_steps=200, eval_seq_len=512)  # fmt: skip
+                  seq_len=seq_len, batch_size=512 // seq_len, num_steps=200,
+                  eval_seq_len=512)  # fmt: skip
 
 
 def domain(family: str, backend: str, seed: int, trained: int, penalty: float = 0.1) -> Record:

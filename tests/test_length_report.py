@@ -6,7 +6,7 @@ import pytest
 from matplotlib.collections import PolyCollection
 from synthetic_records import domain, extrapolated
 
-from analysis import figures, lengths, report, statistics, style
+from analysis import answer, factorial, figures, lengths, positions, report, statistics, style
 from analysis.load import frame_of
 
 TRAINED = (256, 512, 1024)
@@ -98,3 +98,48 @@ def test_the_band_over_documents_is_as_wide_as_their_standard_error():
         ends = corners[np.isclose(corners[:, 0], at), 1]
         assert ends.max() == pytest.approx(middle[at] + half)
         assert ends.min() == pytest.approx(middle[at] - half)
+
+
+def frame_of_trained(*seq_lens, families=("mqa", "hawk", "griffin")):
+    return frame_of([extrapolated(family, "jax", seed, seq_len)
+                     for family in families for seed in SEEDS for seq_len in seq_lens])  # fmt: skip
+
+
+RISE = {"mqa": 0.5, "hawk": 0.01, "griffin": -0.02}  # nats an octave beyond the training length
+
+
+def test_training_lengths_are_compared_where_none_was_trained():
+    """At the same positions a longer one lies an octave less beyond its own length; `loss_beyond`,
+    which is of other positions for each, is the same for all."""
+    frame = frame_of_trained(64, 128, 256)
+    found = positions.longer(frame).set_index("family")
+    assert set(found["start"]) == {256}
+    for family, rise in RISE.items():
+        row = found.loc[family]
+        assert (row["short"], row["long"], row["num_seeds"]) == (64, 256, 3)
+        assert row["value"] == pytest.approx(-2 * rise, abs=0.02)
+    assert found["verdict"]["mqa"] == "better"
+    assert positions.unseen(frame).groupby("run_id").size().eq(1).all()
+
+
+def test_an_ablation_of_training_lengths_is_of_the_same_positions():
+    (made,) = factorial.ablations(frame_of_trained(64, 256, families=["mqa", "hawk"]),
+                                  "length_extrapolation").values()  # fmt: skip
+    assert made.start == 256
+    effects = made.effects.set_index("effect")["difference"]
+    assert effects["seq_len"] == pytest.approx(-(RISE["mqa"] + RISE["hawk"]), abs=0.02)
+    (table, _) = report.tables.ablations(frame_of_trained(64, 256))
+    assert "at positions from 256 on" in table.note
+
+
+def test_one_training_length_is_compared_as_it_was_measured():
+    frame = frame_of_trained(128)
+    assert positions.longer(frame).empty
+    assert "at positions" not in " ".join(answer.answer(frame, []))
+
+
+def test_the_answer_says_what_longer_training_does():
+    (text, *_) = [text for text in answer.answer(frame_of_trained(64, 256), [])
+                  if "at positions from 256 on" in text]  # fmt: skip
+    assert text.index("MQA-Transformer -") < text.index("Hawk") < text.index("Griffin")
+    assert "better" in text
