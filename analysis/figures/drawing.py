@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from analysis import checks, comparisons, derive, statistics, style, tables, vocabulary
@@ -487,8 +490,9 @@ def legend(figure: Figure, grid: Iterable[Axes]) -> None:
             found.setdefault(name, handle)
     if not found:
         return
-    longest = max(map(len, found))
-    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.066 * longest)))
+    font = FontProperties(size=rcParams["legend.fontsize"])
+    widest = max(text_to_path.get_text_width_height_descent(name, font, False)[0] for name in found)
+    columns = max(1, int(figure.get_figwidth() / (widest / 72 + 0.57)))  # inches: line, and gaps
     num_rows = -(-len(found) // columns)
     figure.set_figheight(figure.get_figheight() + 0.18 * max(0, num_rows - 2))
     figure.legend(found.values(), found, loc="outside upper left", ncols=-(-len(found) // num_rows))
