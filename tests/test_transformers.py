@@ -199,6 +199,11 @@ def test_other_dtypes_round_as_they_must_and_no_more(dtype):
         ({"head_dim": 32}, "head_dim"),
         ({"num_gate_blocks": 8}, "num_gate_blocks"),
         ({"window_size": 1, "window_extra_key": False}, "window_size"),
+        ({"gate": "mamba"}, "gate"),
+        ({"gate": "lru"}, "gate"),
+        ({"decay_exponent": 4.0}, "decay_exponent"),
+        ({"normalize_input": False}, "normalize_input"),
+        ({"conv_width": 0}, "conv_width"),
     ],
 )
 def test_settings_that_transformers_lacks_are_refused(overrides, message):
