@@ -54,6 +54,7 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
 
 
 def _scan(runs: Path) -> Iterator[File]:
+    """The record files of a store; of a large one half is looked at in another process."""
     try:
         folders = os.listdir(runs)
     except FileNotFoundError:
