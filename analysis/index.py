@@ -138,7 +138,7 @@ def _write(table: pa.Table, path: Path, version: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     table = table.replace_schema_metadata({VERSION: version.encode()})
     try:
-        parquet.write_table(table, temporary, write_page_checksum=True)
+        parquet.write_table(table, temporary, write_page_checksum=True, write_statistics=False)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
