@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from synthetic_records import BACKENDS, FAMILIES, modeling, parity, record, sample, training
 
 from analysis import checks, figures, style
-from analysis.figures import drawing, gates
+from analysis.figures import drawing, gates, labels
 from analysis.load import frame_of
 
 LAYERS = [f"L4/{kind}/layers.{n}.mixer" for kind in ("activations", "grad") for n in range(6)]
@@ -212,7 +212,7 @@ def test_hostile_labels_are_drawn_as_they_are(label):
     figure = drawn("training_throughput", frame_of(records))
     words = " ".join(svg_of(figure).itertext())
     shown = " ".join("".join(c if c.isprintable() else " " for c in label).split())
-    shown = shown if len(shown) < drawing.LONGEST else "xxx..."
+    shown = shown if len(shown) < labels.LONGEST else "xxx..."
     assert shown in " ".join(words.split())
     entries = [text.get_text().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
     assert any(shown in entry for entry in entries)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import checks, derive, load, settings, statistics, style, vocabulary
-from analysis.figures import drawing, literature
+from analysis.figures import drawing, labels, literature
 from suites.harness.record import METRICS
 
 PROMPT_LEN = "Prompt length (tokens)"
@@ -94,7 +94,7 @@ def _by_tokens(
         places = pd.concat([part["num_new_tokens"], mine["num_new_tokens"]])
         drawing.draw_lines(column[0], part, "num_new_tokens", places=places)
         drawing.mark_lost(column[0], mine, "num_new_tokens")
-        drawing.log_lengths(column[0], places.to_numpy(dtype=float))
+        labels.log_lengths(column[0], places.to_numpy(dtype=float))
         over = drawing.of_panel(ratios, keys, key)
         if num_rows == 2:
             column[1].axhline(1, color=style.family_color("mqa"), linewidth=1.2)
@@ -103,22 +103,22 @@ def _by_tokens(
         column[-1].set_xlabel(NUM_NEW_TOKENS)
         words = [f"{PROMPT_LEN.split(' (')[0]} {key[4]:,.0f}"]
         words += [f"batch {key[5]:,.0f}"] if "batch_size" in keys else []
-        words += [drawing.text(value) for name, value in zip(keys, key, strict=True)
+        words += [labels.text(value) for name, value in zip(keys, key, strict=True)
                   if name in drawing.PANEL and rows[name].nunique() > 1]  # fmt: skip
         column[0].set_title(", ".join(words))
-    drawing.log_values(grid[0, 0].yaxis)
+    labels.log_values(grid[0, 0].yaxis)
     grid[0, 0].set_ylabel(label)
     if num_rows == 2:
         notes += drawing.keep_in_sight(grid[1, 0], ratios, reference=1.0)
-        notes += drawing.count_unpaired(ratios)
+        notes += labels.count_unpaired(ratios)
         grid[1, 0].set_ylabel(ratio_label)
-    drawing.legend(figure, grid.flat)
-    drawing.note(figure, notes, rows)
+    labels.legend(figure, grid.flat)
+    labels.note(figure, notes, rows)
     return figure
 
 
 def _log_rate(axes: Axes, part: pd.DataFrame) -> None:
-    drawing.log_values(axes.yaxis)
+    labels.log_values(axes.yaxis)
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +135,7 @@ def _batches(rows: pd.DataFrame) -> str:
     for (family, backend), part in ordered.groupby(["family", "backend"], sort=False):
         sizes = sorted({int(at) for at in part["at"]})
         span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        words.append(f"{drawing.name_of(family, backend)} {span}")
+        words.append(f"{labels.name_of(family, backend)} {span}")
     return f"Batch sizes: {'; '.join(words)}."
 
 

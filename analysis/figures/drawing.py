@@ -1,4 +1,4 @@
-"""What figures share: panels, lines with intervals, what was lost, legends, notes, and ghosts.
+"""What figures share: panels, lines with intervals, what was lost, and ghosts (words: labels.py).
 
 Family is colour, backend is marker and line style (analysis/style.py). An interval is drawn from
 two processes on. A hollow marker, and a line under the plot, say UNVERIFIED. A line breaks where
@@ -6,36 +6,26 @@ a length was asked for and has no value: nothing is drawn that was not measured.
 that were not measured side by side is a diamond on no line, and the note counts them.
 """
 
-import textwrap
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from analysis import checks, comparisons, derive, statistics, style, tables, vocabulary
+from analysis.figures import labels
 from analysis.remember import remembered
 from suites.harness.record import METRICS
 
 PANEL = ["size", "dtype", "device_kind", "data"]  # settings that are never drawn over each other
 LINE = ["family", "backend", "variant"]
-# what else may tell two lines apart, and how it is said
-FURTHER = {"seq_len": "{:,.0f} tokens", "batch_size": "batch {:,.0f}",
-           "prompt_len": "prompt {:,.0f}", "num_new_tokens": "{:,.0f} new tokens",
-           "num_steps": "{:,.0f} steps",
-           "num_devices": "{:,.0f} devices"}  # fmt: skip
 MAX_PANELS = 4
 MAX_LINES = 12
 WIDTH = 7.2  # inches: 700 pixels of a page, at which 9.5 points can still be read
-LONGEST = 60  # characters of a label
 CUT = "Some intervals reach beyond the axis; the tables have their ends."
 TOP = 0.985  # of a panel: where what was lost is marked
 
@@ -133,15 +123,15 @@ def lines(
                 notes.append(f"{left_out} further lines are in the tables alone.")
             axes.set_xlabel(x_label)
             if is_log:
-                log_lengths(axes, places.to_numpy(dtype=float))
+                labels.log_lengths(axes, places.to_numpy(dtype=float))
             else:
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             if asked is not None:
                 has_lost |= mark_lost(axes, mine, x)
         if decorate is not None:
             decorate(axes, part)
-        title(axes, rows, key, panel)
-        thousands(axes, rows)
+        labels.title(axes, rows, key, panel)
+        labels.thousands(axes, rows)
     if limits is None:
         notes += keep_in_sight(grid[0], rows, from_zero, reference)
         if has_lost and grid[0].get_yscale() == "linear":  # room for the crosses
@@ -149,9 +139,9 @@ def lines(
             grid[0].set_ylim(bottom, top + 0.12 * (top - bottom))
     else:
         grid[0].set_ylim(limits)
-    label_rows(figure, y_label)
-    legend(figure, grid)
-    note(figure, notes, rows)
+    labels.label_rows(figure, y_label)
+    labels.legend(figure, grid)
+    labels.note(figure, notes, rows)
     return figure
 
 
@@ -206,9 +196,9 @@ def draw_lines(
     for (family, backend), extra, rows in groups[:MAX_LINES]:
         line = part.iloc[rows]
         number = seen[family, backend] = seen.get((family, backend), 0) + 1
-        look = style.line(family, backend, is_verified=is_verified(line))
+        look = style.line(family, backend, is_verified=labels.is_verified(line))
         look["alpha"] = max(0.3, 1.3 - 0.3 * number)  # further variants of one colour pale
-        draw(axes, line, x, look, label(family, backend, line, extra),
+        draw(axes, line, x, look, labels.label(family, backend, line, extra),
              is_curve=is_curve, places=known)  # fmt: skip
     return max(0, len(groups) - MAX_LINES)
 
@@ -224,7 +214,7 @@ def line_groups(part: pd.DataFrame, x: str) -> list[tuple[tuple[str, str], list[
     order."""
     keys = [name for name in LINE if name in part]
     same = part.groupby([*keys, x], dropna=False)
-    extra = [name for name in FURTHER if name != x and name in part
+    extra = [name for name in labels.FURTHER if name != x and name in part
              and (same[name].nunique() > 1).any()]  # fmt: skip
     if part.duplicated([*keys, *extra, x]).any():
         extra.append("cell_id")  # set apart by something that has no column
@@ -237,13 +227,13 @@ def line_groups(part: pd.DataFrame, x: str) -> list[tuple[tuple[str, str], list[
     made = []
     for rows in groups:
         values = {name: column[rows[0]] for name, column in known.items()}
-        words = [text(values.get("variant") or "")]
-        words += [FURTHER[key].format(values[key]) for key in extra
+        words = [labels.text(values.get("variant") or "")]
+        words += [labels.FURTHER[key].format(values[key]) for key in extra
                   if key != "cell_id" and not pd.isna(values[key])]  # fmt: skip
         if "cell_id" in extra:
             words.append(f"cell {cells[values['cell_id']]}")
         made.append(((values["family"], values["backend"]), list(filter(None, words)), rows))
-    return sorted(made, key=lambda line: order(line[0]))
+    return sorted(made, key=lambda line: labels.order(line[0]))
 
 
 def draw(
@@ -258,11 +248,11 @@ def draw(
 ) -> None:
     """One line with its intervals: bars, or a band along a curve. NaN at places without value, or
     with a ratio that is unpaired: those are marked beside the line."""
-    apart = line[is_unpaired(line)]
+    apart = line[labels.is_unpaired(line)]
     if len(apart):
         axes.plot(apart[x].astype(float), apart["value"].astype(float), **style.unpaired(look),
                   label=f"{name}: {statistics.UNPAIRED}")  # fmt: skip
-        line = line[~is_unpaired(line)]
+        line = line[~labels.is_unpaired(line)]
         if line.empty:
             return
         places = np.union1d([] if places is None else places, apart[x].astype(float))
@@ -314,9 +304,17 @@ def side_by_side(axes: Axes, part: pd.DataFrame) -> None:
         line = drawn.iloc[rows]
         slot = backends.index(backend) * len(variants) + variants.index(tuple(extra))
         place = families.index(family) + (slot - (len(backends) * len(variants) - 1) / 2) * step
-        look = style.line(family, backend, is_verified=is_verified(line)) | {"linestyle": "none"}
-        draw(axes, line.assign(place=place), "place", look, label(family, backend, line, extra))
-    axes.set_xticks(range(len(families)), [text(style.family_label(f)) for f in families])
+        look = style.line(family, backend, is_verified=labels.is_verified(line)) | {
+            "linestyle": "none"
+        }
+        draw(
+            axes,
+            line.assign(place=place),
+            "place",
+            look,
+            labels.label(family, backend, line, extra),
+        )
+    axes.set_xticks(range(len(families)), [labels.text(style.family_label(f)) for f in families])
     axes.set_xlim(-0.6, len(families) - 0.4)
     axes.grid(visible=False, axis="x")
 
@@ -327,12 +325,12 @@ def mark_lost(axes: Axes, asked: pd.DataFrame, x: str) -> bool:
     lost = asked[~asked["outcome"].isin(["completed", "unsupported"])]
     groups = lost.groupby(["family", "backend", "outcome"], sort=True)
     for number, ((family, backend, outcome), part) in enumerate(groups):
-        how = text(outcome.replace("_", " "))
+        how = labels.text(outcome.replace("_", " "))
         places = part[x].drop_duplicates().to_numpy(dtype=float)
         axes.plot(places, np.full(len(places), TOP - 0.045 * number), "x",
                   color=style.family_color(family), mew=2,
                   transform=axes.get_xaxis_transform(), clip_on=False,
-                  label=f"{name_of(family, backend)}: {how}")  # fmt: skip
+                  label=f"{labels.name_of(family, backend)}: {how}")  # fmt: skip
     return len(lost) > 0
 
 
@@ -352,7 +350,7 @@ def ghost(
     at, value, error = (np.asarray(values, dtype=float) for values in (x, value, error))
     axes.plot(at, value, marker=marker, markersize=7, mew=0.8, linestyle="none",
               color=style.GHOST, markerfacecolor="none", zorder=1.5,
-              label=f"{text(name)}: {text(source)}")  # fmt: skip
+              label=f"{labels.text(name)}: {labels.text(source)}")  # fmt: skip
     axes.errorbar(at, value, **{"xerr" if is_across else "yerr": np.nan_to_num(error)},
                   fmt="none", ecolor=style.GHOST, elinewidth=0.8, zorder=1.5)  # fmt: skip
 
@@ -379,143 +377,6 @@ def keep_in_sight(
     axes.set_ylim(bottom, top)
     is_cut = (rows["low"] < bottom).any() or (rows["high"] > top).any()
     return [CUT] if is_cut else []
-
-
-# words, ticks, legends
-
-
-def text(value: Any) -> str:
-    """A label as it is: of one line, not endless, no mathematics between dollars, and not hidden
-    from the legend by a leading underscore."""
-    words = "".join(c if c.isprintable() else " " for c in str(value)).split()
-    words = " ".join(words)
-    if len(words) > LONGEST:
-        words = words[: LONGEST - 3] + "..."
-    words = words.replace("$", r"\$")
-    return f" {words}" if words.startswith("_") else words
-
-
-def name_of(family: str, backend: str) -> str:
-    return f"{text(style.family_label(family))}, {text(style.backend_label(backend))}"
-
-
-def order(name: tuple) -> tuple:
-    """Of (family, backend, ...)."""
-    return (*vocabulary.family_order(name[0]), *name[1:])
-
-
-def label(family: str, backend: str, line: pd.DataFrame, extra: Iterable[str] = ()) -> str:
-    name = ", ".join([name_of(family, backend), *extra])
-    return name if is_verified(line) else f"{name} {checks.UNVERIFIED}"
-
-
-def is_verified(rows: pd.DataFrame) -> bool:
-    return bool((rows["parity"] == checks.GREEN).all())
-
-
-def is_unpaired(rows: pd.DataFrame) -> pd.Series:
-    """Which of these ratios were not measured side by side; no row that is no ratio."""
-    if "verdict" not in rows:
-        return pd.Series(False, index=rows.index)
-    return (rows["verdict"] == statistics.UNPAIRED).fillna(False).astype(bool)
-
-
-def count_unpaired(ratios: pd.DataFrame) -> list[str]:
-    """A note, where there are any."""
-    count = int(is_unpaired(ratios).sum())
-    if not count:
-        return []
-    return [f"{count} of {len(ratios)} ratios are unpaired: not measured side by side (diamonds)."]
-
-
-def title(axes: Axes, rows: pd.DataFrame, key: tuple, keys: list[str]) -> None:
-    """The settings of a panel that differ between panels."""
-    varied = [(name, value) for name, value in zip(keys, key, strict=True)
-              if rows[name].nunique() > 1]  # fmt: skip
-    words = [FURTHER[name].format(value) if name in FURTHER else text(value)
-             for name, value in varied]  # fmt: skip
-    axes.set_title(", ".join(words))
-
-
-def label_rows(figure: Figure, y_label: str) -> None:
-    """On the first panel of each row."""
-    for axes in figure.axes:
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel(y_label)
-
-
-def thousands(axes: Axes, rows: pd.DataFrame) -> None:
-    if rows["value"].max() >= 10_000:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def log_lengths(axes: Axes, places: np.ndarray) -> None:
-    """Base 2, with a tick at each length that was measured while they are few."""
-    axes.set_xscale("log", base=2)
-    ticks = np.unique(places)
-    if len(ticks) <= 9:
-        axes.set_xticks(ticks)
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def log_values(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers: powers of ten, and between them on a short one."""
-    name = axis.axis_name
-    getattr(axis.axes, f"set_{name}scale")("log")
-    low, high = sorted(axis.get_view_interval())
-    decades = np.log10(high / low) if low > 0 else 10
-    subs = (1,) if decades > 3 else (1, 2, 5)
-    few = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-    axis.set_major_locator(few if decades < 0.8 else LogLocator(subs=subs, numticks=12))
-    axis.set_minor_locator(NullLocator())
-    most = 1e4 if high >= 1e6 else 1e6
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value, most)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def plain_number(value: float, most: float = 1e6) -> str:
-    if value == 0 or 1e-3 <= abs(value) < most:
-        return f"{value:,.10g}"
-    digits, power = f"{value:.0e}".split("e")
-    return f"{digits}e{int(power)}"
-
-
-def legend(figure: Figure, grid: Iterable[Axes]) -> None:
-    """Above all panels, each line once, in as many columns as the longest name lets stand."""
-    found: dict[str, Any] = {}
-    for axes in grid:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    if not found:
-        return
-    font = FontProperties(size=rcParams["legend.fontsize"])
-    widest = max(text_to_path.get_text_width_height_descent(name, font, False)[0] for name in found)
-    columns = max(1, int(figure.get_figwidth() / (widest / 72 + 0.57)))  # inches: line, and gaps
-    num_rows = -(-len(found) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, num_rows - 2))
-    figure.legend(found.values(), found, loc="outside upper left", ncols=-(-len(found) // num_rows))
-
-
-def note(figure: Figure, notes: Iterable[str], rows: pd.DataFrame | None = None) -> None:
-    """Lines under the plots; an alarm where they begin with what is not verified of these rows."""
-    notes = list(dict.fromkeys([*(() if rows is None else count_unpaired(rows)), *notes]))
-    is_bare = rows is not None and not is_verified(rows)
-    if rows is not None and "is_current" in rows and (rows["is_current"] == False).any():  # noqa: E712
-        notes.insert(0, "Some of it was measured with an older build (stale).")
-    if is_bare:
-        hollow = (
-            f"Hollow markers are {checks.UNVERIFIED}: no green parity record of the same "
-            "kernels, head_dim, dtype, device and build."
-        )
-        notes.insert(0, hollow)
-    if notes:
-        color = style.ALARM if is_bare else style.INK
-        width = int(16.5 * figure.get_figwidth())
-        words = "\n".join(textwrap.fill(one, width) for one in notes)
-        figure.set_figheight(figure.get_figheight() + 0.14 * words.count("\n"))
-        figure.supxlabel(words, x=0.01, ha="left", fontsize=8, color=color)
 
 
 def metric_lines(

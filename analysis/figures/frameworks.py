@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from analysis import checks, comparisons, statistics, style, tables, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, labels
 from suites.harness.record import PASSES
 
 MOST = 4.0  # times faster or slower: the ends of the colours
@@ -63,9 +63,9 @@ def framework_ratios(frame: pd.DataFrame) -> Figure | None:
         is_light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45
         axes.text(x + 0.5, y + 0.5, _words(row), ha="center", va="center", fontsize=8.5,
                   linespacing=1.15, color="#000000" if is_light else "#ffffff")  # fmt: skip
-    heads = [textwrap.fill(drawing.text(style.family_label(name)), 12) for name in families]
+    heads = [textwrap.fill(labels.text(style.family_label(name)), 12) for name in families]
     axes.set_xticks(np.arange(len(families)) + 0.5, heads)
-    axes.set_yticks(np.arange(len(names)) + 0.5, [drawing.text(name) for name in names])
+    axes.set_yticks(np.arange(len(names)) + 0.5, [labels.text(name) for name in names])
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.grid(visible=False)
@@ -75,7 +75,7 @@ def framework_ratios(frame: pd.DataFrame) -> Figure | None:
         notes.append(f"{left_out} further workloads are in the tables alone.")
     if not all(_is_green(row) for row in found.to_dict("records")):
         notes.append(f"* {checks.UNVERIFIED}: no green parity record of one side or both.")
-    drawing.note(figure, notes)
+    labels.note(figure, notes)
     return figure
 
 
@@ -90,11 +90,11 @@ def _row_names(found: pd.DataFrame, varied: list[str]) -> list[str]:
             if name in COUNTS and not pd.isna(row[name]):
                 words.append(COUNTS[name].format(row[name]))
             elif name == "op":
-                words.append(drawing.text(row[name]))
+                words.append(labels.text(row[name]))
             elif name == "work_phase":
                 words.append(PASSES.get(row[name], row[name]))
         variant = row["linear_scan_ours"] if row["suite"] == "kernel_speed" else row["variant"]
-        words += [drawing.text(value) for value in (*(row[n] for n in varied), variant) if value]
+        words += [labels.text(value) for value in (*(row[n] for n in varied), variant) if value]
         names.append(", ".join(words))
     return names
 

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import derive, style
-from analysis.figures import drawing
+from analysis.figures import drawing, labels
 
 DECAYS = (0.5, 0.9, 0.99)
 LINES = {
@@ -40,8 +40,8 @@ def gate_behaviour(frame: pd.DataFrame) -> Figure | None:
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.set_ylim(0, 1.02)
     grid[0].set_ylabel("Share of the input x (1)")
-    drawing.legend(figure, grid[:1])
-    drawing.note(figure, ["Analytic: equations, and no measurement. c = 1; models have c = 8. "
+    labels.legend(figure, grid[:1])
+    labels.note(figure, ["Analytic: equations, and no measurement. c = 1; models have c = 8. "
                           "Mamba with B = C = 1."])  # fmt: skip
     return figure
 

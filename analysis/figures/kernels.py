@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import checks, comparisons, derive, load, settings, style, vocabulary
-from analysis.figures import drawing, literature
+from analysis.figures import drawing, labels, literature
 from suites.harness.record import METRICS, PASSES
 
 SEQ_LEN = "Sequence length (tokens)"
@@ -57,12 +57,12 @@ def roofline(frame: pd.DataFrame) -> Figure | None:
     for axes, ((device, dtype), part) in zip(grid, panels, strict=True):
         notes.append(_roof(axes, frame, device, dtype, part))
         for (family, backend), line in _by_line(part):
-            look = style.line(family, backend, is_verified=drawing.is_verified(line))
+            look = style.line(family, backend, is_verified=labels.is_verified(line))
             look["linestyle"] = "none"
             at, value, low, high = (
                 line[name].to_numpy(dtype=float) for name in ("intensity", "value", "low", "high")
             )
-            axes.plot(at, value, **look, label=drawing.label(family, backend, line))
+            axes.plot(at, value, **look, label=labels.label(family, backend, line))
             drawing.draw_intervals(axes, at, value, low, high, look)
         for what, line in part.groupby("what"):
             top = line.sort_values("value").iloc[-1]
@@ -73,17 +73,17 @@ def roofline(frame: pd.DataFrame) -> Figure | None:
         axes.set_ylim(part["value"].min() / 4, 3 * max(tops))
         if (part["low"] < axes.get_ylim()[0]).any() or (part["high"] > axes.get_ylim()[1]).any():
             notes.append(drawing.CUT)
-        axes.set_title(drawing.text(f"{device}, {dtype}"))
+        axes.set_title(labels.text(f"{device}, {dtype}"))
         axes.set_xlabel("Arithmetic intensity (FLOP/byte)")
     for axis in (*(axes.xaxis for axes in grid), grid[0].yaxis):
-        drawing.log_values(axis)
-    drawing.label_rows(figure, "Achieved (FLOP/s)")
-    drawing.legend(figure, grid)
+        labels.log_values(axis)
+    labels.label_rows(figure, "Achieved (FLOP/s)")
+    labels.legend(figure, grid)
     notes.append(
         "Bytes are those of weights, optimizer and cache, each once; activations move too, so true "
         "intensities of training and prefill are lower."
     )
-    drawing.note(figure, notes, points)
+    labels.note(figure, notes, points)
     return figure
 
 
@@ -101,8 +101,8 @@ def _one_scan(frame: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, li
     same = ["op", "work_phase", "linear_scan", "backend", "seq_len"]
     rows = rows.sort_values("variant", kind="stable").drop_duplicates(same)
     left_out -= len(rows)
-    model = f" ({drawing.text(most[-2])})" if most[-2] else ""
-    size, dtype, device = (drawing.text(name) for name in most[:3])
+    model = f" ({labels.text(most[-2])})" if most[-2] else ""
+    size, dtype, device = (labels.text(name) for name in most[:3])
     notes = [f"Shown: size {size}{model}, {dtype}, {device}, batch {most[-1]}."]
     if left_out:
         notes.append(f"{left_out} further times are in the tables alone.")
@@ -131,20 +131,20 @@ def _scans(
         for (variant, backend), line in sorted(
             groups, key=lambda item: (style.variant_order(item[0][0]), item[0][1])
         ):
-            verified = drawing.is_verified(line)
+            verified = labels.is_verified(line)
             look = style.line("", backend, is_verified=verified, variant=variant)
-            name = f"{drawing.text(variant)}, {drawing.text(style.backend_label(backend))}"
+            name = f"{labels.text(variant)}, {labels.text(style.backend_label(backend))}"
             name += "" if verified else f" {checks.UNVERIFIED}"
             drawing.draw(axes, line, "seq_len", look, name, places=places)
         if decorate is not None:
             decorate(axes, part)
-        axes.set_title(f"{drawing.text(op)}, {PASSES[phase]}")
+        axes.set_title(f"{labels.text(op)}, {PASSES[phase]}")
         axes.set_xlabel(SEQ_LEN)
-        drawing.log_lengths(axes, places)
-    drawing.log_values(grid[0].yaxis)
-    drawing.label_rows(figure, label)
-    drawing.legend(figure, grid)
-    drawing.note(figure, notes, rows)
+        labels.log_lengths(axes, places)
+    labels.log_values(grid[0].yaxis)
+    labels.label_rows(figure, label)
+    labels.legend(figure, grid)
+    labels.note(figure, notes, rows)
     return figure
 
 
@@ -177,7 +177,7 @@ def _roof(axes: Axes, frame: pd.DataFrame, device: str, dtype: str, part: pd.Dat
     found = peaks.groupby("metric").agg(
         {"median": "median", "min": "min", "max": "max", "field": "first"}
     )
-    name = drawing.text(device)
+    name = labels.text(device)
     if not {"peak_flops_per_s", "peak_bytes_per_s"} <= set(found.index):
         return f"{name}, {dtype}: no peak is known, so no roof."
     flops, num_bytes = found.loc["peak_flops_per_s"], found.loc["peak_bytes_per_s"]
@@ -192,7 +192,7 @@ def _roof(axes: Axes, frame: pd.DataFrame, device: str, dtype: str, part: pd.Dat
     bounded = np.minimum(part["intensity"] * num_bytes["max"], flops["max"])
     above = int((part["value"] > bounded).sum())
     more = f" {above} above its range: small weights may stay in caches." if above else ""
-    whose = drawing.text(flops["field"])
+    whose = labels.text(flops["field"])
     whose = (
         "measured; grey: its range over runs" if whose == "measured" else f"data sheet of {whose}"
     )

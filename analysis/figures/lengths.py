@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from analysis import checks, lengths
-from analysis.figures import drawing
+from analysis.figures import drawing, labels
 
 FEW = 0.1  # nats: the colours reach at least as far, so that noise does not fill them
 MOST = 6  # panels
@@ -43,8 +43,8 @@ def length_domains(frame: pd.DataFrame) -> Figure | None:
     for axes, (key, part) in zip(grid, panels, strict=False):
         _draw(axes, part, scale, colors)
         values = dict(zip([*lengths.SHARED, *lengths.MODEL], key, strict=True))
-        words = [drawing.name_of(values["family"], values["backend"])]
-        words += [drawing.text(values[name]) for name in ("variant", *lengths.SHARED)
+        words = [labels.name_of(values["family"], values["backend"])]
+        words += [labels.text(values[name]) for name in ("variant", *lengths.SHARED)
                   if found[name].nunique() > 1 and values[name]]  # fmt: skip
         axes.set_title(", ".join(words) + ("" if _is_green(part) else "*"))
     for axes in figure.axes:
@@ -52,7 +52,7 @@ def length_domains(frame: pd.DataFrame) -> Figure | None:
             axes.set_ylabel("Trained up to (tokens)")
     if not _is_green(found):
         notes.append(f"* {checks.UNVERIFIED}: no green parity record.")
-    drawing.note(figure, notes)
+    labels.note(figure, notes)
     return figure
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from analysis import derive, style, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, labels
 from suites.harness.record import METRICS
 
 MAX_ROWS = 24
@@ -56,8 +56,8 @@ def memory_frontier(frame: pd.DataFrame) -> Figure | None:
     grid = figure.subplots(len(kinds), 1, squeeze=False, height_ratios=[n + 1 for n in heights])
     for axes, (kind, part) in zip(grid[:, 0], parts.items(), strict=True):
         _reached(axes, kind, part)
-    drawing.legend(figure, grid[:, 0])
-    drawing.note(figure, notes)
+    labels.legend(figure, grid[:, 0])
+    labels.note(figure, notes)
     return figure
 
 
@@ -70,9 +70,9 @@ def _reached(axes: Axes, kind: str, part: pd.DataFrame) -> None:
     names, ends = [], []
     for place, row in enumerate(part.to_dict("records")):
         row = {name: vocabulary.plain(value) for name, value in row.items()}
-        words = [drawing.FURTHER[name].format(row[name]) if name in drawing.FURTHER
-                 else drawing.text(row[name]) for name in varied if row[name]]  # fmt: skip
-        names.append(", ".join([drawing.name_of(row["family"], row["backend"]), *words]))
+        words = [labels.FURTHER[name].format(row[name]) if name in labels.FURTHER
+                 else labels.text(row[name]) for name in varied if row[name]]  # fmt: skip
+        names.append(", ".join([labels.name_of(row["family"], row["backend"]), *words]))
         look = style.line(row["family"], row["backend"]) | {"linestyle": "none"}
         reached, failed = row["reached"], row["out_of_memory_at"]
         if kind == "largest batch" and row["why"] != "bound":

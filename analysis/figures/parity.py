@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import checks, load, style, vocabulary
-from analysis.figures import drawing
+from analysis.figures import drawing, labels
 from suites.harness.record import METRICS
 
 FAR = 1e3  # where an error stands that has no tolerance
@@ -32,13 +32,13 @@ def parity_error(frame: pd.DataFrame) -> Figure | None:
         shift = 0.5 * (number - (len(groups) - 1) / 2) / max(1, len(groups))
         y = np.array([kinds.index(kind) for kind in part["kind"]]) - shift
         look = style.line(family, backend) | {"linestyle": "none"}
-        axes.plot(part["shown"], y, **look, label=drawing.name_of(family, backend))
+        axes.plot(part["shown"], y, **look, label=labels.name_of(family, backend))
     axes.axvline(1, color=style.ALARM, lw=2.5, label="Tolerance")
-    drawing.log_values(axes.xaxis)
-    axes.set_yticks(range(len(kinds)), [drawing.text(kind) for kind in kinds])
+    labels.log_values(axes.xaxis)
+    axes.set_yticks(range(len(kinds)), [labels.text(kind) for kind in kinds])
     axes.set_xlabel("Relative error of the worst tensor, over its tolerance (1)")
     axes.grid(visible=False, axis="y")
-    drawing.legend(figure, [axes])
+    labels.legend(figure, [axes])
     return figure
 
 
@@ -64,17 +64,17 @@ def parity_by_layer(frame: pd.DataFrame) -> Figure | None:
             line = part[(part["family"] == family) & (part["backend"] == backend)]
             line = line.sort_values("layer")
             axes.plot(line["layer"], line["value"], **style.line(family, backend),
-                      label=drawing.name_of(family, backend))  # fmt: skip
+                      label=labels.name_of(family, backend))  # fmt: skip
         several = worst["dtype"].nunique() > 1
-        axes.set_title(drawing.text(f"{kind}, {dtype}" if several else kind))
+        axes.set_title(labels.text(f"{kind}, {dtype}" if several else kind))
         axes.set_xlabel("Layer, from 0")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    drawing.log_values(grid[0].yaxis)
-    drawing.label_rows(figure, "Error over tolerance (1)")
-    drawing.legend(figure, grid)
+    labels.log_values(grid[0].yaxis)
+    labels.label_rows(figure, "Error over tolerance (1)")
+    labels.legend(figure, grid)
     if (worst["share"] == 0).any():
-        notes.append(f"At {drawing.plain_number(floor)}: exactly 0.")
-    drawing.note(figure, notes)
+        notes.append(f"At {labels.plain_number(floor)}: exactly 0.")
+    labels.note(figure, notes)
     return figure
 
 
@@ -111,7 +111,7 @@ def training_parity(frame: pd.DataFrame) -> Figure | None:
             # the largest so far: two curves may cross, and have then not come nearer
             distance = ((one - other).abs() / other).cummax()
             below.plot(curves.index, distance, label=label, color=ink, linestyle=line)
-        above.set_title(drawing.text(style.family_label(family)))
+        above.set_title(labels.text(style.family_label(family)))
         below.set_yscale("log")
         below.set_xlabel("Optimizer step")
         for axes in (above, below):

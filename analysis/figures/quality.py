@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import derive, power_law, quality, statistics, style
-from analysis.figures import drawing, literature
+from analysis.figures import drawing, labels, literature
 from suites.harness.record import METRICS
 
 SUITE = "language_modeling"
@@ -125,34 +125,34 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
     figure, grid = drawing.panel_grid(2)
     for axes, x in zip(grid, power_law.AGAINST, strict=True):
         for (family, backend, variant), line in sorted(
-            part.groupby(drawing.LINE), key=lambda item: drawing.order(item[0])
+            part.groupby(drawing.LINE), key=lambda item: labels.order(item[0])
         ):
-            look = style.line(family, backend, is_verified=drawing.is_verified(line))
+            look = style.line(family, backend, is_verified=labels.is_verified(line))
             look["linestyle"] = "none"
-            extra = [drawing.text(variant)] if variant else []
-            name = drawing.label(family, backend, line, extra)
+            extra = [labels.text(variant)] if variant else []
+            name = labels.label(family, backend, line, extra)
             at, value, low, high = (line[c].to_numpy(dtype=float)
                                     for c in (x, "value", "low", "high"))  # fmt: skip
             axes.plot(at, value, **look, label=name)
             drawing.draw_intervals(axes, at, value, low, high, look)
         notes += _draw_laws(axes, frame, x, dict(zip(keys, key, strict=True)))
-        drawing.log_values(axes.xaxis)
+        labels.log_values(axes.xaxis)
     notes += drawing.keep_in_sight(grid[0], part)
-    drawing.log_values(grid[0].yaxis)
+    labels.log_values(grid[0].yaxis)
     grid[0].set_xlabel("Training compute (FLOPs)")
     grid[1].set_xlabel("Parameters without embeddings")
-    drawing.label_rows(figure, METRICS["loss"].label)
+    labels.label_rows(figure, METRICS["loss"].label)
     if rows.groupby(keys, dropna=False).ngroups > 1:
-        notes.append(f"Here: {', '.join(map(drawing.text, key))}.")
-    drawing.legend(figure, grid[:1])
-    drawing.note(figure, notes, part)
+        notes.append(f"Here: {', '.join(map(labels.text, key))}.")
+    labels.legend(figure, grid[:1])
+    labels.note(figure, notes, part)
     return figure
 
 
 def _draw_laws(axes: Axes, frame: pd.DataFrame, x: str, panel: dict) -> list[str]:
     """The fits of one panel, between the sizes they were fitted to; returns their exponents."""
     words, spans = [], []
-    laws = sorted(power_law.fits(frame, x), key=lambda item: drawing.order(
+    laws = sorted(power_law.fits(frame, x), key=lambda item: labels.order(
         (item[0]["family"], item[0]["backend"])))  # fmt: skip
     for key, law in laws:
         if any(key[name] != value for name, value in panel.items()):
@@ -163,7 +163,7 @@ def _draw_laws(axes: Axes, frame: pd.DataFrame, x: str, panel: dict) -> list[str
         if (band := law.band(at)) is not None:
             axes.fill_between(at, *band, color=look["color"], alpha=0.15, linewidth=0)
         interval = f" [{-law.interval[1]:.3f}, {-law.interval[0]:.3f}]" if law.interval else ""
-        name = drawing.name_of(key["family"], key["backend"])
+        name = labels.name_of(key["family"], key["backend"])
         words.append(f"{name} {-law.exponent:.3f}{interval}")
         spans.append(law.span_decades)
     if not words:
@@ -196,26 +196,26 @@ def window_sizes(frame: pd.DataFrame) -> Figure | None:
         everywhere = part[part["is_global"]]
         for (family, backend), extra, places in drawing.line_groups(everywhere, "seq_len"):
             line = everywhere.iloc[places]
-            look = style.line(family, backend, is_verified=drawing.is_verified(line))
+            look = style.line(family, backend, is_verified=labels.is_verified(line))
             for row in line.to_dict("records"):
                 axes.axhline(row["value"], color=look["color"], linestyle=look["linestyle"],
                              linewidth=1)  # fmt: skip
-            name = drawing.label(family, backend, line, [*extra, "all positions"])
+            name = labels.label(family, backend, line, [*extra, "all positions"])
             drawing.draw(axes, line, "seq_len", look | {"linestyle": "none"}, name)
         local = part[~part["is_global"]]
         drawing.draw_lines(axes, local, "window")
         literature.windows(axes, part)
         places = np.append(local["window"].to_numpy(dtype=float), float(key[-1]))
-        drawing.log_lengths(axes, places)
+        labels.log_lengths(axes, places)
         axes.set_xlabel("Window size (tokens, itself included)")
         words = [f"Trained at {key[-1]:,.0f} tokens"]
-        words += [drawing.text(value) for name, value in zip(keys[:-1], key, strict=False)
+        words += [labels.text(value) for name, value in zip(keys[:-1], key, strict=False)
                   if rows[name].nunique() > 1]  # fmt: skip
         axes.set_title(", ".join(words))
     notes += drawing.keep_in_sight(grid[0], rows)
-    drawing.label_rows(figure, METRICS["loss"].label)
-    drawing.legend(figure, grid)
-    drawing.note(figure, notes, rows)
+    labels.label_rows(figure, METRICS["loss"].label)
+    labels.legend(figure, grid)
+    labels.note(figure, notes, rows)
     return figure
 
 

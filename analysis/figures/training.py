@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import checks, comparisons, settings, statistics, style, vocabulary
-from analysis.figures import drawing, literature
+from analysis.figures import drawing, labels, literature
 from suites.harness.record import METRICS
 
 SEQ_LEN = "Sequence length (tokens)"
@@ -52,8 +52,8 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
     varied = [name for name in drawing.PANEL if rows[name].nunique() > 1]
     rows["row"] = [
         ", ".join(
-            [drawing.name_of(one["family"], one["backend"]), f"{one['seq_len']:,.0f} tokens"]
-            + [drawing.text(one[name]) for name in varied]
+            [labels.name_of(one["family"], one["backend"]), f"{one['seq_len']:,.0f} tokens"]
+            + [labels.text(one[name]) for name in varied]
         )
         for one in rows.to_dict("records")
     ]
@@ -67,14 +67,14 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
     for number, variant in enumerate(variants):
         shift = 0.16 * (number - (len(variants) - 1) / 2)
         part = rows[(rows["linear_scan"] == variant) & rows["row"].isin(names)]
-        apart = drawing.is_unpaired(part)
+        apart = labels.is_unpaired(part)
         for (backend, is_apart), line in part.groupby(["backend", apart]):
-            verified = drawing.is_verified(line)
+            verified = labels.is_verified(line)
             look = style.line("", backend, is_verified=verified, variant=variant)
             look = style.unpaired(look) if is_apart else look | {"linestyle": "none"}
             y = np.array([names.index(name) for name in line["row"]]) + shift
             value, low, high = (line[c].to_numpy(dtype=float) for c in ("value", "low", "high"))
-            name = f"{drawing.text(variant)}, {drawing.text(style.backend_label(backend))}"
+            name = f"{labels.text(variant)}, {labels.text(style.backend_label(backend))}"
             name += "" if verified else f" {checks.UNVERIFIED}"
             name += f": {statistics.UNPAIRED}" if is_apart else ""
             axes.plot(value, y, **look, label=name)
@@ -84,7 +84,7 @@ def step_time_by_scan(frame: pd.DataFrame) -> Figure | None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"{METRICS['step_time_ms'].label.split(' (')[0]} relative to {base}")
     axes.grid(visible=False, axis="y")
-    drawing.legend(figure, [axes])
+    labels.legend(figure, [axes])
     more = [f"{left_out} further rows are in the tables alone."] if left_out > 0 else []
-    drawing.note(figure, more, rows)
+    labels.note(figure, more, rows)
     return figure
