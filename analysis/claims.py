@@ -31,7 +31,8 @@ from analysis.evidence.groups import (
     Finding,
     within,
 )
-from analysis.tables import NONE, RUNS, Table
+from analysis.tables import RUNS, Table
+from analysis.wording import NONE
 
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"

@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 
 from analysis import derive, load, published, statistics, style
-from analysis.tables import MAX_ROWS, NONE, RUNS, Table
+from analysis.tables import MAX_ROWS, RUNS, Table
 from analysis.vocabulary import family_order
+from analysis.wording import NONE
 
 SUITE = "downstream"
 PAPER = "table1"

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import derive, load, statistics, style, tables, vocabulary
+from analysis import derive, load, statistics, style, tables, vocabulary, wording
 from analysis.remember import remembered
 from analysis.tables import Table
 
@@ -95,10 +95,10 @@ def table(frame: pd.DataFrame) -> Table:
         [
             style.family_label(row["family"]),
             style.backend_label(row["backend"]),
-            *(tables._text(row[name]) for name in shown),
+            *(wording.text(row[name]) for name in shown),
             f"{row['trained']:,}",
             f"{row['evaluated']:,}",
-            tables.number(row["loss"], "loss"),
+            wording.number(row["loss"], "loss"),
             _of_documents(row),
             _of_penalty(row),
             f"{row['num_seeds']}",
@@ -119,13 +119,13 @@ def table(frame: pd.DataFrame) -> Table:
 
 def _of_documents(row: dict[str, Any]) -> str:
     if pd.isna(row["loss_error"]):
-        return tables.NONE
+        return wording.NONE
     return f"± {row['loss_error']:.3f} ({row['num_documents']:,.0f})"
 
 
 def _of_penalty(row: dict[str, Any]) -> str:
     if pd.isna(row["penalty"]):
-        return tables.NONE
+        return wording.NONE
     if pd.isna(row["penalty_low"]):
         return f"{row['penalty']:+.3f}"
     return f"{row['penalty']:+.3f} [{row['penalty_low']:+.3f}, {row['penalty_high']:+.3f}]"
@@ -134,4 +134,4 @@ def _of_penalty(row: dict[str, Any]) -> str:
 def _verdict(row: dict[str, Any]) -> str:
     if row["verdict"] == "not resolved":
         return f"not resolved ({row['detectable']:.2g} nats/token would be)"
-    return tables._text(row["verdict"])
+    return wording.text(row["verdict"])

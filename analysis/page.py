@@ -12,7 +12,8 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from analysis import derive, formats, vocabulary
-from analysis.tables import NONE, Table
+from analysis.tables import Table
+from analysis.wording import NONE
 
 # Text is ink, soft, good, alarm or link, on paper or band: contrast is at least 4.5 (tested).
 PALETTE = {

@@ -8,7 +8,8 @@ import pandas as pd
 
 from analysis import derive, pairing, power_law, settings, statistics, style, vocabulary
 from analysis.remember import remembered
-from analysis.tables import MAX_ROWS, NONE, RUNS, Table, number, run_ids
+from analysis.tables import MAX_ROWS, RUNS, Table, run_ids
+from analysis.wording import NONE, number
 
 SUITE = "language_modeling"
 SEARCHED = settings.TUNED_ALONG

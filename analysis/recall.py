@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import derive, load, statistics, style
-from analysis.tables import MAX_ROWS, NONE, RUNS, Table, run_ids
+from analysis.tables import MAX_ROWS, RUNS, Table, run_ids
 from analysis.vocabulary import family_order
+from analysis.wording import NONE
 
 SUITE = "recall"
 LEVELS = (90, 95)  # percent, of num_steps_to_accuracy

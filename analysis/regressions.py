@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import settings, statistics, tables
+from analysis import settings, statistics, tables, wording
 from analysis.comparisons import in_order
 from analysis.derive import outcomes, processes, runs, summary
 from analysis.judging import is_wanted
@@ -110,8 +110,8 @@ def table(found: pd.DataFrame, names: tuple[str, str]) -> tables.Table:
     for row in found.to_dict("records"):
         sides = {}
         for side in ("ours", "baseline"):
-            value = tables.number(row[f"value_{side}"], row["metric"])
-            is_ended = value == tables.NONE and row[f"status_{side}"] != "completed"
+            value = wording.number(row[f"value_{side}"], row["metric"])
+            is_ended = value == wording.NONE and row[f"status_{side}"] != "completed"
             sides[side] = f"{value} ({row[f'status_{side}']})" if is_ended else value
         counts = [f"{int(row[f'num_processes_{side}'])}" for side in ("ours", "baseline")]
         reason = plain(row["reason"])
@@ -119,13 +119,13 @@ def table(found: pd.DataFrame, names: tuple[str, str]) -> tables.Table:
         rows.append(
             [
                 *(str(row[name]) for name in shown),
-                tables.workload(row),
+                wording.workload(row),
                 METRICS[row["metric"]].label,
                 *sides.values(),
                 _ratio(row),
                 " / ".join(dict.fromkeys(counts)),
                 verdict,
-                tables.parity_mark(row, *names),
+                wording.parity_mark(row, *names),
             ]
         )
     note = (
@@ -305,13 +305,13 @@ def _nearest(cell: dict[str, str | None], others: Iterable[dict[str, str | None]
 
 def _words(cell: dict[str, Any]) -> str:
     words = [cell["suite"], cell["family"], cell["size"], cell["backend"], cell["dtype"],
-             tables.workload(cell), cell["variant"]]  # fmt: skip
+             wording.workload(cell), cell["variant"]]  # fmt: skip
     return ", ".join(word for word in words if word)
 
 
 def _ratio(row: dict[str, Any]) -> str:
     if plain(row["ratio"]) is None:
-        return tables.NONE
+        return wording.NONE
     text = f"{_digits(row['ratio'])}x"
     if plain(row["ratio_low"]) is not None and row["ratio_high"] > row["ratio_low"]:
         text += f" [{_digits(row['ratio_low'])}, {_digits(row['ratio_high'])}]"

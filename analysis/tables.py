@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,23 +15,19 @@ from analysis import (
     load,
     matching,
     settings,
-    statistics,
     style,
     vocabulary,
+    wording,
 )
 from analysis.remember import remembered
-from suites.harness.record import METRICS, PASSES
+from suites.harness.record import METRICS
 
-NONE = "-"
 EQUAL_POSITIONS = (
     "Losses are those at positions from {:,} on, where none of these was trained: the mean over "
     "their buckets, which weigh alike."
 )
 MAX_ROWS = 200  # texts of a table: a page of 100,000 records must still open; its CSV has every row
 RUNS = {"": ("run_ids",)}
-BASELINES = ("unigram_bits_per_byte", "ngram_bits_per_byte")  # what a language model must beat
-# the labels in METRICS say GiB, MiB
-SCALES = {"peak_memory_bytes": 2.0**30, "cache_bytes": 2.0**20, "op_bytes": 2.0**20}
 SCAN_CLAIM = (
     "For comparison, not measured here: in arXiv:2402.19427, figure 8(a), the Pallas kernel is 2.3 "
     "to 2.8 times faster than JAX's sequential scan, forward in bfloat16 on a TPU-v3."
@@ -110,17 +105,17 @@ def side_by_side(
         work = {name: value for name, value in row.items() if name not in hidden | along}
         rows.append(
             [
-                *(_text(row[name]) for name in shown),
-                workload(work),
-                _metric_name(row["metric"]),
-                _side(row, "ours"),
-                _side(row, "baseline"),
-                _ratio(row),
-                _rounds(row),
-                verdict(row, ours),
-                parity_mark(row, ours, baseline),
-                _both(row, "num_params"),
-                _both(row, "num_params_non_embedding"),
+                *(wording.text(row[name]) for name in shown),
+                wording.workload(work),
+                wording.metric_name(row["metric"]),
+                wording.side(row, "ours"),
+                wording.side(row, "baseline"),
+                wording.ratio(row),
+                wording.rounds(row),
+                wording.verdict(row, ours),
+                wording.parity_mark(row, ours, baseline),
+                wording.both(row, "num_params"),
+                wording.both(row, "num_params_non_embedding"),
             ]
         )
     note = (
@@ -162,23 +157,23 @@ def parity(frame: pd.DataFrame) -> Table:
               "build", "parity", "checks", "worst error / tolerance", "at"]  # fmt: skip
     rows = []
     for row in status[:MAX_ROWS].to_dict("records"):
-        share, worst = row["worst"], NONE
+        share, worst = row["worst"], wording.NONE
         if share is not None and not pd.isna(share):
-            limit = _text(row["tolerance"], "{:.1e}")
+            limit = wording.text(row["tolerance"], "{:.1e}")
             worst = f"{row['worst_error']:.1e} / {limit}"
         verdict = row["status"].upper() if row["status"] == checks.RED else row["status"]
         if row["outcome"] != "completed":
-            verdict += f" ({row['outcome']}: {_text(row['reason'])})"
+            verdict += f" ({row['outcome']}: {wording.text(row['reason'])})"
         elif row["status"] == checks.PARTIAL:
             verdict += f" ({row['levels']})"
         rows.append(
             [
-                *(_text(row[name]) for name in names),
-                _text(row["engine_build"])[:8],
+                *(wording.text(row[name]) for name in names),
+                wording.text(row["engine_build"])[:8],
                 verdict,
                 f"{row['num_checks']:,}",
                 worst,
-                _text(row["worst_field"]),
+                wording.text(row["worst_field"]),
             ]
         )
     note = (
@@ -200,7 +195,7 @@ def certificate(frame: pd.DataFrame) -> Table:
     for match in matches:
         verdict = {True: "matched", False: "DIFFERS: ", None: "not established: "}[match.is_matched]
         verdict += ", ".join(match.differs)
-        facts = {name: match.facts.get(name, NONE) for name in names}
+        facts = {name: match.facts.get(name, wording.NONE) for name in names}
         line = [match.suite, match.size, match.scope, verdict]
         full = dict(zip(header, [*line, *facts.values()], strict=True))
         raw.append(full | {"run_ids": " ".join(match.run_ids)})
@@ -243,9 +238,9 @@ def failures(frame: pd.DataFrame) -> Table:
               "reason", "run_id"]  # fmt: skip
     rows = [
         [
-            *(_text(row[name]) for name in ("suite", "family", "size", "backend")),
-            workload(row),
-            *(_text(row[name]) for name in header[5:]),
+            *(wording.text(row[name]) for name in ("suite", "family", "size", "backend")),
+            wording.workload(row),
+            *(wording.text(row[name]) for name in header[5:]),
         ]
         for row in lost[:MAX_ROWS].to_dict("records")
     ]
@@ -265,7 +260,7 @@ def frontier(frame: pd.DataFrame) -> Table:
     found = [" ".join(ids.reindex(cells).dropna()) for cells in edge["cell_ids"]]
     edge = edge.drop(columns="cell_ids").assign(run_ids=found)
     rows = [
-        [_text(row[name], "{:,.0f}") for name in names]
+        [wording.text(row[name], "{:,.0f}") for name in names]
         for row in edge[:MAX_ROWS].to_dict("records")
     ]
     return Table("frontier", "Frontier", header, rows, edge, runs=RUNS)
@@ -283,10 +278,10 @@ def machines(frame: pd.DataFrame) -> Table:
     texts = []
     for row in counts[:MAX_ROWS].to_dict("records"):
         memory = row["memory_bytes"]
-        row["memory_bytes"] = NONE if pd.isna(memory) else f"{memory / 2**30:.1f} GiB"
-        commit, plus, dirty = _text(row["git_commit"]).partition("+")
+        row["memory_bytes"] = wording.NONE if pd.isna(memory) else f"{memory / 2**30:.1f} GiB"
+        commit, plus, dirty = wording.text(row["git_commit"]).partition("+")
         row["git_commit"] = commit[:12] + plus + dirty
-        texts.append([_text(row[name]) for name in [*key, "num_runs"]])
+        texts.append([wording.text(row[name]) for name in [*key, "num_runs"]])
     header = [name.replace("memory_bytes", "memory") for name in [*key, "num_runs"]]
     return Table("machines", "Machines and versions", header, texts, counts, runs=RUNS)
 
@@ -296,9 +291,9 @@ def peaks(frame: pd.DataFrame) -> Table:
     header = ["device", "backend", "dtype", "peak", "according to", "median", "range", "runs"]
     rows = [
         [
-            *(_text(row[name]) for name in ("device_name", "backend", "dtype")),
-            _metric_name(row["metric"]),
-            _text(row["field"]),
+            *(wording.text(row[name]) for name in ("device_name", "backend", "dtype")),
+            wording.metric_name(row["metric"]),
+            wording.text(row["field"]),
             f"{row['median']:.3g}",
             f"{row['min']:.3g} to {row['max']:.3g}",
             f"{row['size']:,}",
@@ -326,10 +321,10 @@ def bounds(frame: pd.DataFrame) -> Table:
               *(f"bound, {name} (ms)" for name in devices)]  # fmt: skip
     texts = [
         [
-            *(_text(row[name]) for name in (*shown, "size", "dtype")),
-            workload(row),
-            number(row["op_bytes"], "op_bytes"),
-            *(number(row[name]) for name in devices),
+            *(wording.text(row[name]) for name in (*shown, "size", "dtype")),
+            wording.workload(row),
+            wording.number(row["op_bytes"], "op_bytes"),
+            *(wording.number(row[name]) for name in devices),
         ]
         for row in found[:MAX_ROWS].to_dict("records")
     ]
@@ -357,9 +352,9 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
             title = f"{suite}, {style.backend_label(backend)}: what each setting does"
             base = ", ".join(f"{name}={level}" for name, level in one.baseline.items())
             note = (
-                f"Differences of {_metric_name(metrics[0])} beside {base}, averaged over the other "
-                f"settings, with 95% intervals; of two settings (x), beyond the sum of both. "
-                f"Seeds are blocks ({one.num_seeds}); p is adjusted for all rows (Holm)."
+                f"Differences of {wording.metric_name(metrics[0])} beside {base}, averaged over "
+                "the other settings, with 95% intervals; of two settings (x), beyond the sum of "
+                f"both. Seeds are blocks ({one.num_seeds}); p is adjusted for all rows (Holm)."
             )
             if one.start is not None:
                 note += f" {EQUAL_POSITIONS.format(one.start)}"
@@ -370,8 +365,8 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
                 )
             header = ["effect", "levels", "difference", "p (Holm)", "verdict"]
             rows = [
-                [row["effect"], _text(row["levels"]), _difference(row, unit),
-                 _text(row["p_holm"], "{:.2g}"), _effect_verdict(row, unit)]
+                [row["effect"], wording.text(row["levels"]), wording.difference(row, unit),
+                 wording.text(row["p_holm"], "{:.2g}"), wording.effect_verdict(row, unit)]
                 for row in one.effects.to_dict("records")
             ]  # fmt: skip
             name, raw = f"{suite}_{backend}", one.effects.assign(run_ids=one.run_ids)
@@ -381,7 +376,7 @@ def ablations(frame: pd.DataFrame, baseline: Mapping[str, str] | None = None) ->
             header = ["effect", "degrees of freedom", "sum of squares", "F", "p"]
             rows = [
                 [row["effect"], f"{row['freedom']}",
-                 *(_text(row[name], "{:.3g}") for name in ("sum_of_squares", "F", "p"))]
+                 *(wording.text(row[name], "{:.3g}") for name in ("sum_of_squares", "F", "p"))]
                 for row in one.variance.to_dict("records")
             ]  # fmt: skip
             title = f"{suite}, {style.backend_label(backend)}: analysis of variance"
@@ -401,155 +396,8 @@ def _detectable(found: pd.DataFrame) -> str:
     span = low if low == high else f"{low} to {high}"
     return (
         f" Minimum detectable effect, found four times in five: {span} {METRICS[metric].unit} of "
-        f"{_metric_name(metric)}."
+        f"{wording.metric_name(metric)}."
     )
-
-
-def _effect_verdict(row: dict[str, Any], unit: str) -> str:
-    if row["verdict"] == factorial.NOT_RESOLVED and not pd.isna(row["detectable"]):
-        return f"{row['verdict']} ({row['detectable']:.2g} {unit} would be)"
-    return _because(row)
-
-
-def number(value: Any, metric: str | None = None) -> str:
-    """Three or four digits that matter, in the unit that the metric is read in."""
-    if value is None or pd.isna(value):
-        return NONE
-    value = value / SCALES.get(metric, 1.0)
-    if metric == "max_batch_size":
-        return f"{value:,.0f}"
-    size = abs(value)
-    if metric in (*vocabulary.QUALITIES, *BASELINES) and size < 1000:
-        return f"{value:.3f}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if size < 100 else f"{value:.1f}"
-
-
-def workload(row: dict[str, Any]) -> str:
-    """`seq_len 512, batch 8`: the counts that this workload uses, after the op where it is one."""
-    names = {"seq_len": "seq_len", "prompt_len": "prompt_len", "num_new_tokens": "new tokens",
-             "num_steps": "steps", "batch_size": "batch", "num_devices": "devices"}  # fmt: skip
-    words = [f"{label} {int(row[name]):,}" for name, label in names.items()
-             if row.get(name) is not None and not pd.isna(row[name])]  # fmt: skip
-    if row.get("task") is not None and not pd.isna(row["task"]):
-        words = [row["task"], *words]
-    if row.get("op") is not None and not pd.isna(row["op"]):
-        words = [row["op"], PASSES[row["work_phase"]], *words]
-    at = row.get("at")
-    if at is not None and not pd.isna(at) and row.get("suite") == "decode_throughput":
-        words[-1] = f"batch {int(at):,}"
-    return ", ".join(words)
-
-
-def verdict(row: dict[str, Any], ours: str) -> str:
-    """ "jax faster", "inconclusive (3 of 6 rounds: too few for a verdict)", "unpaired (...)"."""
-    if row["verdict"] is None or pd.isna(row["verdict"]):
-        return NONE
-    if row["metric"] in vocabulary.QUALITIES:
-        return _quality_verdict(row, ours)
-    if row["speedup"] is None or pd.isna(row["speedup"]):
-        return NONE if row["verdict"] != statistics.UNPAIRED else _because(row)
-    if row["verdict"] in ("faster", "slower"):
-        return f"{ours} {row['verdict']}"
-    return _because(row)
-
-
-def _quality_verdict(row: dict[str, Any], ours: str) -> str:
-    """ "jax better", "not resolved (0.0031 bit/B would be)": what is found 4 times in 5."""
-    if row["verdict"] != "not resolved":
-        return f"{ours} {row['verdict']}"
-    if pd.isna(row["detectable"]) or row["num_paired_seeds"] < statistics.MIN_SEEDS:
-        return _because(row)
-    if row["detectable"] == 0:  # so is the difference: one model under two names
-        return "not resolved (equal in every seed)"
-    return f"not resolved ({row['detectable']:.2g} {row['unit']} would be)"
-
-
-def parity_mark(row: dict[str, Any], ours: str, baseline: str) -> str:
-    """`green`, or which side is UNVERIFIED; a side without a value needs no mark."""
-    marks = {}
-    for side, name in (("ours", ours), ("baseline", baseline)):
-        if row[f"value_{side}"] is not None and not pd.isna(row[f"value_{side}"]):
-            state = row[f"parity_{side}"]
-            red = " (parity RED)" if state == checks.RED else ""
-            marks[name] = "green" if state == checks.GREEN else checks.UNVERIFIED + red
-    if not marks:
-        return NONE
-    if len(set(marks.values())) == 1:
-        return next(iter(marks.values()))
-    return ", ".join(f"{name} {mark}" for name, mark in marks.items())
-
-
-def _because(row: dict[str, Any]) -> str:
-    reason = row["reason"]
-    return f"{row['verdict']} ({reason})" if isinstance(reason, str) else row["verdict"]
-
-
-def _side(row: dict[str, Any], side: str) -> str:
-    """The value with its interval, or "-" with how the runs ended."""
-    value, metric = row[f"value_{side}"], row["metric"]
-    status = row[f"status_{side}"]
-    has_status = isinstance(status, str)
-    if value is None or pd.isna(value):
-        ended = has_status and "completed" not in status
-        return f"{NONE} ({status})" if ended else NONE
-    text = number(value, metric)
-    low, high = row[f"low_{side}"], row[f"high_{side}"]
-    if low is not None and not pd.isna(low) and high > low:
-        text += f" [{number(low, metric)}, {number(high, metric)}]"
-    if has_status and status != "completed":
-        text += f" ({status})"
-    current = row[f"is_current_{side}"]
-    if current is not None and not pd.isna(current) and not current:
-        text += " (stale)"
-    odd = row[f"num_outliers_{side}"]
-    if odd is not None and not pd.isna(odd) and odd > 0:
-        text += f" ({int(odd)} outlying repeat{'s' if odd > 1 else ''})"
-    if isinstance(flags := row[f"flags_{side}"], str) and flags:
-        text += f" ({flags})"
-    return text
-
-
-def _ratio(row: dict[str, Any]) -> str:
-    if row["metric"] in vocabulary.QUALITIES:
-        return _difference(row | {"low": row["difference_low"], "high": row["difference_high"]},
-                           row["unit"])  # fmt: skip
-    if row["speedup"] is None or pd.isna(row["speedup"]):
-        return NONE
-    text = f"{_times(row['speedup'])}x"
-    low = row["speedup_low"]
-    if low is not None and not pd.isna(low) and row["speedup_high"] > low:
-        text += f" [{_times(low)}, {_times(row['speedup_high'])}]"
-    return text
-
-
-def _difference(row: dict[str, Any], unit: str) -> str:
-    if row["difference"] is None or pd.isna(row["difference"]):
-        return NONE
-    interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-    return f"{row['difference']:+.4f}{interval} {'' if unit == '1' else unit}".rstrip()
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}" if 0.1 <= ratio < 1000 else f"{ratio:.2g}"
-
-
-def _rounds(row: dict[str, Any]) -> str:
-    """Paired rounds of a time; seeds of a quality."""
-    if row["suite"] == "language_modeling":
-        counts = [row[f"num_seeds_{side}"] for side in ("ours", "baseline")]
-        known = [int(count) for count in counts if count is not None and not pd.isna(count)]
-        return f"{min(known)} seed{'s' if min(known) > 1 else ''}" if known else NONE
-    paired = row["num_paired_rounds"]
-    return f"{int(paired)}" if paired else NONE
-
-
-def _both(row: dict[str, Any], name: str) -> str:
-    """One count, or both where the sides differ."""
-    texts = [_text(row[f"{name}_{side}"], "{:,.0f}") for side in ("ours", "baseline")]
-    known = [text for text in texts if text != NONE]
-    return " / ".join(dict.fromkeys(known)) if known else NONE
 
 
 @remembered
@@ -580,16 +428,6 @@ def _run_ids(frame: pd.DataFrame) -> dict[str, str]:
     return run_ids(frame).to_dict()
 
 
-def _metric_name(metric: str) -> str:
-    return METRICS[metric].label if metric in METRICS else metric
-
-
 def _name(by: str, value: str) -> str:
     labels = {"backend": style.backend_label, "family": style.family_label}
     return labels[by](value) if by in labels else value
-
-
-def _text(value: Any, form: str = "{}") -> str:
-    if value is None or pd.isna(value):
-        return NONE
-    return value if isinstance(value, str) else form.format(value)

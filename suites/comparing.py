@@ -207,10 +207,10 @@ def _print_gate(found: Any, limit: float, name: str) -> None:
 
 
 def _words(row: dict[str, Any]) -> str:
-    from analysis import tables
+    from analysis import wording
 
     words = [row["suite"], row["family"], row["size"], row["backend"], row["dtype"],
-             tables.workload(row), row["variant"]]  # fmt: skip
+             wording.workload(row), row["variant"]]  # fmt: skip
     return ", ".join(word for word in words if word)
 
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis import checks, comparisons, derive, statistics, style, tables, vocabulary
+from analysis import checks, comparisons, derive, statistics, style, vocabulary, wording
 from analysis.figures import labels
 from analysis.remember import remembered
 from suites.harness.record import METRICS
@@ -39,7 +39,7 @@ def summary(frame: pd.DataFrame, suite: str, metric: str, at: bool = False) -> p
     rows = rows.iloc[_places(frame).get((suite, metric), [])]
     rows = rows[rows["at"].notna() == at].copy()
     for column in ("value", "low", "high"):
-        rows[column] = rows[column].astype(float) / tables.SCALES.get(metric, 1.0)
+        rows[column] = rows[column].astype(float) / wording.SCALES.get(metric, 1.0)
     return rows
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from analysis import checks, comparisons, statistics, style, tables, vocabulary
+from analysis import checks, comparisons, statistics, style, vocabulary, wording
 from analysis.figures import drawing, labels
 from suites.harness.record import PASSES
 
@@ -101,7 +101,7 @@ def _row_names(found: pd.DataFrame, varied: list[str]) -> list[str]:
 
 def _words(row: dict) -> str:
     star = "" if _is_green(row) else "*"
-    return f"{tables._times(row['speedup'])}x{star}\n{MARKS.get(row['verdict'], row['verdict'])}"
+    return f"{wording.times(row['speedup'])}x{star}\n{MARKS.get(row['verdict'], row['verdict'])}"
 
 
 def _is_green(row: dict) -> bool:
