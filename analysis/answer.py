@@ -6,6 +6,7 @@ from analysis import (
     checks,
     comparisons,
     derive,
+    lengths,
     positions,
     quality,
     settings,
@@ -20,8 +21,8 @@ def answer(frame: pd.DataFrame, beside: list[Table]) -> list[str]:
     """Sentences with numbers: the architectures, what an ablated setting does, the frameworks, each
     where runs compare them. `beside` are the tables of report.comparison_tables."""
     frameworks = [table.frame for table in beside if table.name == "backend_jax_torch"]
-    said = [_architectures(frame, beside), _trained_longer(frame), _ablated(beside),
-            *map(_frameworks, frameworks)]  # fmt: skip
+    said = [_architectures(frame, beside), _trained_longer(frame), _domains(frame),
+            _ablated(beside), *map(_frameworks, frameworks)]  # fmt: skip
     return [text for text in said if text] or [
         "No completed run compares the architectures.",
         "No completed run compares the frameworks.",
@@ -147,6 +148,28 @@ def _trained_longer(frame: pd.DataFrame) -> str:
             f"a time instead of {short:,}, as many in all: {'; '.join(words)}."
         )
     return " ".join(said)
+
+
+def _domains(frame: pd.DataFrame) -> str:
+    """What documents of other lengths than were trained cost each family."""
+    found = lengths.domains(frame)
+    found = found[found["penalty"].notna()]
+    parts = []
+    for name, is_it in (("shorter", found["trained"] < found["evaluated"]),
+                        ("longer", found["trained"] > found["evaluated"])):  # fmt: skip
+        words = []
+        for family, part in found[is_it].groupby("family", sort=False):
+            low, high = part["penalty"].min(), part["penalty"].max()
+            span = f"{low:+.3f}" if low == high else f"{low:+.3f} to {high:+.3f}"
+            ends = (f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items())
+            words.append(f"{style.family_label(family)} {span} ({', '.join(ends)})")
+        if words:
+            parts.append(f"trained on {name} documents {', '.join(words)}")
+    text = "; ".join(parts)
+    return text and (
+        "Nats per token beside the model of the family that was trained in the evaluated bucket of "
+        f"lengths: {text}."
+    )
 
 
 def _in_order(families: pd.Series) -> pd.Series:

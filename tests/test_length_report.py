@@ -143,3 +143,13 @@ def test_the_answer_says_what_longer_training_does():
                   if "at positions from 256 on" in text]  # fmt: skip
     assert text.index("MQA-Transformer -") < text.index("Hawk") < text.index("Griffin")
     assert "better" in text
+
+
+def test_the_answer_says_what_other_lengths_than_were_trained_cost():
+    (text,) = [
+        text for text in answer.answer(frame_of_domains(), []) if "bucket of lengths" in text
+    ]
+    shorter, longer = text.split("trained on longer documents")
+    assert "trained on shorter documents Griffin +0." in shorter
+    assert "(3 worse)" in shorter
+    assert "(3 worse)" in longer
