@@ -292,15 +292,14 @@ def draw(
     folder = out / "figures"
     made = []
     for name in figures.FIGURES if names is None else names:
-        with style.looks(name):
+        with style.looks(name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a label: a box stands for it
             figure = figures.FIGURES[name](frame)
             if figure is None:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # of a label: a box stands for it
-                FigureCanvasAgg(figure).print_png(folder / f"{name}.png")  # savefig draws twice
-                svg = _svg(figure)
+            FigureCanvasAgg(figure).print_png(folder / f"{name}.png")  # savefig draws twice
+            svg = _svg(figure)
         (folder / f"{name}.svg").write_text(_standing_alone(svg), encoding="utf-8")
         command = f"{redraw} --figure {name}"
         inline = _inline(svg, figures.describe(name, figure))
