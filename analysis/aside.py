@@ -1,4 +1,4 @@
-"""What is made beside the rest of a large report: in a copy of this process, on another core."""
+"""What is made beside the rest of a large load or report: in a fork, on another core."""
 
 import gc
 import signal

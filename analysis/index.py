@@ -25,6 +25,7 @@ INDEX = "index.parquet"
 VERSION = b"aerie"  # the key of an index's version in its metadata
 CHUNK = 500  # records that are read at a time
 MANY = 4 * CHUNK  # records from which a process on each core reads them, and progress is shown
+LARGE = 20_000  # folders from which another process looks at half of them: half a second of work
 
 Make = Callable[[list[Record]], pa.Table]
 File = tuple[str, str, int, int]  # as in FILE; one that was replaced differs in size or time
@@ -35,9 +36,13 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
     """The rows that `make` gives for the records of a store, with the columns FILE beside them.
     An index of another version is none."""
     runs = store / "runs"
+    folders = _folders(runs)
+    half = len(folders) // 2
+    # begun before any thread of ours
+    others = aside(partial(_files, runs, folders[:half]), is_worth_it=len(folders) >= LARGE)
     with ThreadPoolExecutor(1) as pool:  # Arrow reads beside Python's look at every folder
         index = pool.submit(_read, store / INDEX, version)
-        found = set(_scan(runs))
+        found = {*_files(runs, folders[half:]), *others()}
     table = _with_files(make([]), []) if index.result() is None else index.result()
     known = list(zip(*(table[name].to_pylist() for name in FILE), strict=True))
     new = sorted(found.difference(known))
@@ -53,19 +58,15 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
     return table
 
 
-def _scan(runs: Path) -> Iterator[File]:
-    """The record files of a store; of a large one half is looked at in another process."""
+def _folders(runs: Path) -> list[str]:
     try:
-        folders = os.listdir(runs)
+        return os.listdir(runs)
     except FileNotFoundError:
-        return
-    half = len(folders) // 2
-    others = aside(partial(_files, runs, folders[:half]), is_worth_it=len(folders) >= MANY)
-    yield from _files(runs, folders[half:])
-    yield from others()
+        return []
 
 
 def _files(runs: Path, folders: list[str]) -> list[File]:
+    """The records in these folders, as FILE has them."""
     made = []
     for folder in folders:
         with (

@@ -14,7 +14,8 @@ from analysis.remember import remembered
 
 SUITE, BEYOND = "length_extrapolation", "loss_beyond"
 MODEL = ["family", "variant", "size", "backend", "start"]
-SHARED = ["suite", "size", "backend", "dtype", "device_kind", "data"]  # of runs held together
+# of runs held together: all were asked at the same positions
+SHARED = ["size", "backend", "dtype", "device_kind", "data", "eval_seq_len"]
 
 
 @remembered
@@ -25,6 +26,8 @@ def unseen(frame: pd.DataFrame) -> pd.DataFrame:
     rows = processes(frame)
     rows = load.words(rows[(rows["suite"] == SUITE) & (rows["metric"] == "loss_by_position")])
     rows = rows[rows["seq_len"].notna()]
+    reach = rows["cell_id"].map(settings.asked(frame)["eval_seq_len"]) if len(rows) else None
+    rows = rows.assign(eval_seq_len=reach)
     rows = rows.assign(start=rows.groupby(SHARED, dropna=False)["seq_len"].transform("max"))
     rows = rows[rows["at"] >= rows["start"]]
     made = rows.drop_duplicates("run_id").set_index("run_id")
@@ -43,8 +46,8 @@ def longer(frame: pd.DataFrame) -> pd.DataFrame:
     for _, part in rows.groupby(alike, sort=False):
         losses = part.pivot_table(index="seed", columns="seq_len", values="value")
         short, long = losses.columns.min(), losses.columns.max()
-        if short < long:
-            both = losses[[short, long]].dropna()
+        both = losses[[short, long]].dropna()
+        if short < long and len(both):
             found = statistics.difference(both[long], both[short])
             made.append([*part.iloc[0][MODEL], int(short), int(long), *asdict(found).values()])
     names = [field.name for field in fields(statistics.Difference)]

@@ -1,5 +1,7 @@
 """What analysis says of lengths: the matrix of buckets, and bands over documents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -136,6 +138,21 @@ def test_one_training_length_is_compared_as_it_was_measured():
     frame = frame_of_trained(128)
     assert positions.longer(frame).empty
     assert "at positions" not in " ".join(answer.answer(frame, []))
+
+
+def test_without_a_seed_in_common_longer_training_says_nothing():
+    records = [extrapolated("hawk", "jax", seed, n) for seed, n in ((0, 64), (1, 256))]
+    assert positions.longer(frame_of(records)).empty
+
+
+def test_runs_that_were_asked_elsewhere_move_no_position():
+    """Another experiment, trained at lengths where these were never asked."""
+    there = [replace(one, run_id=f"{one.run_id}-there", cell_id=f"{one.cell_id} there",
+                     run=one.run | {"workload": one.run["workload"] | {"eval_seq_len": 8192}})
+             for one in (extrapolated("hawk", "jax", seed, 512) for seed in SEEDS)]  # fmt: skip
+    here = [extrapolated("hawk", "jax", seed, n) for seed in SEEDS for n in (64, 256)]
+    (row,) = positions.longer(frame_of(here + there)).to_dict("records")
+    assert (row["start"], row["long"]) == (256, 256)
 
 
 def test_the_answer_says_what_longer_training_does():
