@@ -434,13 +434,17 @@ def test_a_death_without_a_record_is_judged_by_what_was_seen(ended, log, outcome
 
 
 def _child_of(pid: int, other_than: int = 0) -> int:
-    """The measuring process of a parent, once it has begun."""
+    """The measuring process of a parent, once it has begun: not git or another that it asks, nor
+    the copy of itself, with its own arguments, that each of them is for a moment."""
     deadline = time.time() + 20
     while time.time() < deadline:
-        for path in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            command = Path(f"/proc/{path}/cmdline")
-            if int(path) != other_than and command.exists() and b"child" in command.read_bytes():
-                return int(path)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            try:
+                arguments = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            except OSError:  # it has ended
+                continue
+            if int(child) != other_than and b"suites.harness.child" in arguments:
+                return int(child)
         time.sleep(0.02)
     raise AssertionError(f"process {pid} has started no child")
 
