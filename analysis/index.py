@@ -1,7 +1,8 @@
 """What the record files of a store say, as one Arrow table: a row a record, by the names of files.
 
 `index.parquet` in the store is a cache of it: files whose place, size or time it does not know are
-read, and it is renewed. It may be deleted at any time; several processes may renew it at once, and
+read. Where they, and what it knows of files that are gone, are more than a hundredth of it, it is
+written anew, as a whole. It may be deleted at any time; several processes may renew it at once, and
 the last one stays. Its pages have checksums: an index that was damaged is none.
 """
 
@@ -25,6 +26,7 @@ INDEX = "index.parquet"
 VERSION = b"aerie"  # the key of an index's version in its metadata
 CHUNK = 500  # records that are read at a time
 MANY = 4 * CHUNK  # records from which a process on each core reads them, and progress is shown
+MOST_UNKNOWN = 0.01  # of an index: what it lacks, or holds of files that are gone
 LARGE = 20_000  # folders from which another process looks at half of them: half a second of work
 
 Make = Callable[[list[Record]], pa.Table]
@@ -53,8 +55,9 @@ def table_of(store: Path, make: Make, version: str) -> pa.Table:
     table = table.unify_dictionaries().combine_chunks()
     by_name = [("folder", "ascending"), ("file", "ascending")]
     table = table.take(compute.sort_indices(table.select(["folder", "file"]), by_name))
-    with suppress(OSError):  # a store that cannot be written can still be read
-        _write(table, store / INDEX, version)
+    if MOST_UNKNOWN * len(known) < len(new) + len(known) - len(kept):
+        with suppress(OSError):  # a store that cannot be written can still be read
+            _write(table, store / INDEX, version)
     return table
 
 

@@ -154,6 +154,22 @@ def test_a_new_record_is_read_alone(store, were_read):
     pd.testing.assert_frame_equal(frame, rebuilt(store))
 
 
+def test_an_index_that_lacks_little_is_not_written_anew(store, were_read, monkeypatch):
+    monkeypatch.setattr(index, "MOST_UNKNOWN", 0.15)  # of seven: one record
+    analysis.load(store)
+    before = (store / "index.parquet").read_bytes()
+    write(store, training("griffin", "torch", 1))
+    for _ in range(2):
+        were_read.clear()
+        analysis.load(store)
+        assert len(were_read) == 1
+        assert (store / "index.parquet").read_bytes() == before
+    write(store, training("griffin", "torch", 2))
+    frame = analysis.load(store)
+    assert (store / "index.parquet").read_bytes() != before
+    pd.testing.assert_frame_equal(frame, rebuilt(store))
+
+
 def test_a_deleted_record_is_gone(store, were_read):
     analysis.load(store)
     were_read.clear()
