@@ -97,11 +97,8 @@ def measure(store: Path, out: Path) -> Iterator[Row]:
     yield from rows_of("load", child("load", store, out), LOAD_S)
     yield from rows_of("report", child("report", store, out / "first"), REPORT_S)
     last = sorted((store / "runs").glob("*/*.json"))[-NUM_NEW:]
-    for path in last:  # as good as new, and the store stays as it was
-        path.rename(path.with_suffix(".away"))
-    child("load", store, out)
-    for path in last:
-        path.with_suffix(".away").rename(path)
+    for path in last:  # to an index that does not know them so, as good as new
+        path.touch()
     yield from rows_of("new", child("load", store, out), LOAD_S)
     (store / "index.parquet").unlink()
     child("report", store, out / "second")
