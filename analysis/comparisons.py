@@ -118,7 +118,7 @@ def _comparisons(
     for side, cell, fact in (("ours", left, rows.ours), ("baseline", right, rows.baseline)):
         for name in SIDE:
             columns[f"{name}_{side}"] = _values_of(name, cells, cell, facts.columns, fact)
-    told = judged(frame, places, facts, rows, wanted)
+    told = judged(frame, by, places, facts, rows, wanted)
     columns |= dict(zip(TOLD, zip(*told, strict=True) if told else [()] * len(TOLD), strict=True))
     for name in _TEXTS:  # each held once, where pandas' own strings would be in every row
         columns[name] = pd.Series(columns[name], range(len(told)), dtype=object)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from analysis import noise, statistics
+from analysis import noise, positions, statistics
 from analysis.derive import outcomes, processes, shown
 from analysis.pairing import each
 from analysis.remember import remembered
@@ -156,14 +156,22 @@ def _repeats(frame: pd.DataFrame, rounds: pd.DataFrame, places: np.ndarray) -> l
 
 
 def judged(
-    frame: pd.DataFrame, places: np.ndarray, facts: Facts, rows: Rows, wanted: tuple[str, ...]
+    frame: pd.DataFrame,
+    by: str,
+    places: np.ndarray,
+    facts: Facts,
+    rows: Rows,
+    wanted: tuple[str, ...],
 ) -> list[tuple]:
     """What is told of each row; those of equally many rounds or seeds at once, as one by one takes
     NumPy ten times as long."""
     evidence = _evidence(frame, places, rows, wanted)
-    told: list[Any] = [None] * len(rows.pair)
+    elsewhere = _told(statistics.Difference(None, None, 0, None, None, statistics.UNPAIRED,
+                                            "of other positions"), positions.BEYOND)  # fmt: skip
+    told = [elsewhere if positions.are_other(by, metric) else None for metric in rows.metric]
+    is_told = np.array([one is not None for one in told], dtype=bool)
     is_quality = np.array([metric in QUALITIES for metric in rows.metric], dtype=bool)
-    for judge, mine in ((_differ, is_quality), (_compare, ~is_quality)):
+    for judge, mine in ((_differ, is_quality & ~is_told), (_compare, ~is_quality)):
         for place, one in judge(frame, facts, rows, evidence, np.flatnonzero(mine)):
             told[place] = _told(one, rows.metric[place])
     return told
@@ -264,7 +272,8 @@ def _told(found: statistics.Comparison | statistics.Difference, metric: str) -> 
     """In the order of TOLD."""
     low, high = found.interval or (None, None)
     if isinstance(found, statistics.Difference):
-        verdict = found.verdict if found.value is not None else None
+        is_apart = found.verdict == statistics.UNPAIRED
+        verdict = found.verdict if found.value is not None or is_apart else None
         return (None, None, None, None, found.value, low, high, found.p, found.detectable, 0,
                 found.num_seeds, verdict, found.reason)  # fmt: skip
     verdict = found.verdict if metric in TIMES else None

@@ -18,6 +18,11 @@ MODEL = ["family", "variant", "size", "backend", "start"]
 SHARED = ["size", "backend", "dtype", "device_kind", "data", "eval_seq_len"]
 
 
+def are_other(by: str, metric: str) -> bool:
+    """Whether this metric is of other positions in cells that differ in this setting."""
+    return metric == BEYOND and by in ("seq_len", "eval_seq_len")
+
+
 @remembered
 def unseen(frame: pd.DataFrame) -> pd.DataFrame:
     """A row a run of length_extrapolation, as processes() has it: `value` is its mean loss over the

@@ -65,8 +65,10 @@ def verdict(row: dict[str, Any], ours: str) -> str:
 
 def _quality_verdict(row: dict[str, Any], ours: str) -> str:
     """ "jax better", "not resolved (0.0031 bit/B would be)": what is found 4 times in 5."""
-    if row["verdict"] != "not resolved":
+    if row["verdict"] in ("better", "worse"):
         return f"{ours} {row['verdict']}"
+    if row["verdict"] == statistics.UNPAIRED:
+        return because(row)
     if pd.isna(row["detectable"]) or row["num_paired_seeds"] < statistics.MIN_SEEDS:
         return because(row)
     if row["detectable"] == 0:  # so is the difference: one model under two names

@@ -8,7 +8,18 @@ import pytest
 from matplotlib.collections import PolyCollection
 from synthetic_records import domain, extrapolated
 
-from analysis import answer, factorial, figures, lengths, positions, report, statistics, style
+from analysis import (
+    answer,
+    comparisons,
+    factorial,
+    figures,
+    lengths,
+    positions,
+    report,
+    statistics,
+    style,
+    wording,
+)
 from analysis.load import frame_of
 
 TRAINED = (256, 512, 1024)
@@ -122,6 +133,22 @@ def test_training_lengths_are_compared_where_none_was_trained():
         assert row["value"] == pytest.approx(-2 * rise, abs=0.02)
     assert found["verdict"]["mqa"] == "better"
     assert positions.unseen(frame).groupby("run_id").size().eq(1).all()
+
+
+def test_losses_of_other_positions_are_not_compared():
+    frame = frame_of(
+        [extrapolated("griffin", "jax", seed, n) for seed in SEEDS for n in (128, 256)]
+    )
+    found = comparisons.comparisons(frame, "seq_len", "256", "128")
+    told = {row["metric"]: wording.verdict(row, "256") for row in found.to_dict("records")}
+    assert told["loss_beyond"] == "unpaired (of other positions)"
+    assert "unpaired" not in told["loss"]
+    assert (
+        found.set_index("metric").loc["loss_beyond", ["value_ours", "value_baseline"]].notna().all()
+    )
+    by_family = [extrapolated(family, "jax", seed) for seed in SEEDS for family in ("mqa", "hawk")]
+    found = comparisons.comparisons(frame_of(by_family), "family", "hawk", "mqa")
+    assert found.set_index("metric").loc["loss_beyond", "verdict"] == "better"
 
 
 def test_an_ablation_of_training_lengths_is_of_the_same_positions():
