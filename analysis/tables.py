@@ -107,29 +107,11 @@ def side_by_side(
             [
                 *(wording.text(row[name]) for name in shown),
                 wording.workload(work),
-                wording.metric_name(row["metric"]),
-                wording.side(row, "ours"),
-                wording.side(row, "baseline"),
-                wording.ratio(row),
-                wording.rounds(row),
-                wording.verdict(row, ours),
-                wording.parity_mark(row, ours, baseline),
-                wording.both(row, "num_params"),
-                wording.both(row, "num_params_non_embedding"),
+                *wording.compared(row, ours, baseline),
             ]
         )
-    note = (
-        f"The ratio is how many times faster {ours} is than {baseline} (above 1: {ours} is "
-        "faster; above 1 is better for memory too), the geometric mean over paired rounds with "
-        "its 95% interval; losses are compared by their difference. Values are medians over "
-        "processes of medians over repeats. Equivalent: the interval is within what processes of "
-        "one cell differ by on this machine, 0.5 to 2%. Not resolved: too small a difference of "
-        "losses for so few seeds; the one named would be found four times in five."
-    )
-    note += _detectable(found)
-    if by == "linear_scan":
-        note += f" {SCAN_CLAIM}"
-    note = note if suite is None else ""  # the brief table has said it
+    # the brief table has said it before that of a suite
+    note = "" if suite else _how_to_read(found, by, ours, baseline)
     both = ("run_ids_ours", "run_ids_baseline")
     return Table(
         name,
@@ -142,6 +124,18 @@ def side_by_side(
         runs={ours: both[:1], baseline: both[1:], "": both},
         csv=csv,
     )
+
+
+def _how_to_read(found: pd.DataFrame, by: str, ours: str, baseline: str) -> str:
+    note = (
+        f"The ratio is how many times faster {ours} is than {baseline} (above 1: {ours} is "
+        "faster; above 1 is better for memory too), the geometric mean over paired rounds with "
+        "its 95% interval; losses are compared by their difference. Values are medians over "
+        "processes of medians over repeats. Equivalent: the interval is within what processes of "
+        "one cell differ by on this machine, 0.5 to 2%. Not resolved: too small a difference of "
+        "losses for so few seeds; the one named would be found four times in five."
+    )
+    return note + _detectable(found) + (f" {SCAN_CLAIM}" if by == "linear_scan" else "")
 
 
 def parity(frame: pd.DataFrame) -> Table:

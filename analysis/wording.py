@@ -50,6 +50,21 @@ def effect_verdict(row: dict[str, Any], unit: str) -> str:
     return because(row)
 
 
+def compared(row: dict[str, Any], ours: str, baseline: str) -> list[str]:
+    """The cells of a comparison, from its metric on."""
+    return [
+        metric_name(row["metric"]),
+        side(row, "ours"),
+        side(row, "baseline"),
+        ratio(row),
+        rounds(row),
+        verdict(row, ours),
+        parity_mark(row, ours, baseline),
+        both(row, "num_params"),
+        both(row, "num_params_non_embedding"),
+    ]
+
+
 def verdict(row: dict[str, Any], ours: str) -> str:
     """ "jax faster", "inconclusive (3 of 6 rounds: too few for a verdict)", "unpaired (...)"."""
     if row["verdict"] is None or pd.isna(row["verdict"]):
