@@ -30,6 +30,7 @@ GROUPS = ("suite", *MODEL_GROUPS, "backend", "data", "optimizer", "cluster")
 SECTIONS = ("model", "kernels")
 VALUES = ("dtype", "device_kind", "checkpoint")
 UNTIL, ROUNDS = "suite.until_ci", "suite.rounds"
+WINDOW = "model.window_size"  # which global attention has not
 EXPERIMENT = ("experiment", "scale")  # which one, and at which of its scales
 # `aerie plan family=griffin size=7b`: one training step at the paper's sequence length.
 BARE_PLAN = ("suite=training_speed", "suite.seq_lens=[2048]",
@@ -341,6 +342,10 @@ def _cross(
         for key, swept in overrides.items()
         if key not in GROUPS and not key.startswith("cluster.") and reaches(key)
     }
+
+    def follows(key: str, names: dict[str, str]) -> bool:
+        return reaches(key) and (key != "model.window_size" or names["family"] != "mqa")
+
     made = []
     del groups["cluster"]
     for chosen in product(*groups.values()):
@@ -353,7 +358,7 @@ def _cross(
             found = dict(zip(own, point, strict=True))
             for key, value, more in along:
                 if (names | found).get(key) == value:
-                    found |= {name: item for name, item in more.items() if reaches(name)}
+                    found |= {name: item for name, item in more.items() if follows(name, names)}
             made.append(_apply(copy.deepcopy(base), found))
     return made
 
