@@ -88,13 +88,6 @@ def test_global_attention_takes_no_window_from_its_neighbours():
     assert {size for family, size in windows if family == "griffin"} == {16, 32, 64, 128}
 
 
-def test_a_window_goes_along_with_the_families_that_have_one():
-    runs = runs_of("experiment=recall", "scale=cpu", "data=induction_heads")
-    windows = {(run.model.family, run.workload.seq_len): run.model.window_size for run in runs}
-    assert (windows["griffin", 64], windows["griffin", 256]) == (32, 128)
-    assert windows["mqa", 64] is windows["mqa", 256] is None
-
-
 def test_every_family_is_searched_alike():
     for scale in ((), ("scale=cpu",)):
         grids = {}
