@@ -9,6 +9,7 @@ from analysis import (
     lengths,
     positions,
     quality,
+    recall,
     settings,
     statistics,
     style,
@@ -16,13 +17,15 @@ from analysis import (
 )
 from analysis.tables import Table
 
+FAR = 16  # times the training length: what the claims of induction heads are about
+
 
 def answer(frame: pd.DataFrame, beside: list[Table]) -> list[str]:
     """Sentences with numbers: the architectures, what an ablated setting does, the frameworks, each
     where runs compare them. `beside` are the tables of report.comparison_tables."""
     frameworks = [table.frame for table in beside if table.name == "backend_jax_torch"]
     said = [_architectures(frame, beside), _trained_longer(frame), _domains(frame),
-            _ablated(beside), *map(_frameworks, frameworks)]  # fmt: skip
+            _tasks(frame), _ablated(beside), *map(_frameworks, frameworks)]  # fmt: skip
     return [text for text in said if text] or [
         "No completed run compares the architectures.",
         "No completed run compares the frameworks.",
@@ -170,6 +173,33 @@ def _domains(frame: pd.DataFrame) -> str:
         "Nats per token beside the model of the family that was trained in the evaluated bucket of "
         f"lengths: {text}."
     )
+
+
+def _tasks(frame: pd.DataFrame) -> str:
+    """How soon each family learned each task, and what it holds of it at the longest examples that
+    are at most FAR times those of training."""
+    runs = recall.steps_to_accuracy(frame)
+    if runs.empty:
+        return ""
+    held = recall.accuracies(frame, "accuracy_by_length").set_index(["cell_id", "at"])["value"]
+    said = []
+    for (task, seq_len, backend), part in runs.groupby(["data", "seq_len", "backend"]):
+        asked = [at for cell, at in held.index if cell in set(part["cell_id"])]
+        far = max((at for at in asked if at <= FAR * seq_len), default=seq_len)
+        words = []
+        by_family = sorted(part.groupby("family"), key=lambda one: vocabulary.family_order(one[0]))
+        for family, cells in by_family:
+            steps = float(cells[recall.LEVELS[0]].median())
+            soon = f"in {steps:,.0f} steps" if steps < recall.INF else "not in its steps"
+            values = [held.get((cell, far)) for cell in cells["cell_id"].unique()]
+            share = ", ".join(f"{value:.2f}" for value in values if pd.notna(value))
+            words.append(f"{style.family_label(family)} {soon}, {share or 'nothing'} at {far:,.0f}")
+        seeds = _count(int(part.groupby("cell_id")["seed"].nunique().min()), "seed")
+        said.append(
+            f"{recall.LEVELS[0]}% of {task} at {seq_len:,} tokens "
+            f"({style.backend_label(backend)}, {seeds}): {'; '.join(words)}."
+        )
+    return " ".join(said)
 
 
 def _in_order(families: pd.Series) -> pd.Series:

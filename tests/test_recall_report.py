@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import synthetic_records as synthetic
 
-from analysis import claims, recall, report
+from analysis import answer, claims, recall, report
 from analysis.claims import NOT_AT_SCALE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from analysis.load import frame_of
 
@@ -136,3 +136,12 @@ def test_the_report_holds_the_table_and_both_figures(tmp_path):
     assert "Synthetic tasks" in text
     for name in ("accuracy_by_step", "accuracy_by_length"):
         assert list((tmp_path / "report" / "figures").glob(f"{name}*")), name
+
+
+def test_the_answer_tells_in_how_many_steps_and_what_is_held():
+    (said,) = answer.answer(frame_of(records(**PAPER["induction_heads"])), [])
+    assert said.startswith(
+        "90% of induction_heads at 256 tokens (JAX, 3 seeds): MQA-Transformer in "
+    )
+    assert "; Hawk in " in said
+    assert "1.00 at 4,096" in said
