@@ -184,14 +184,15 @@ def _tasks(frame: pd.DataFrame) -> str:
     held = recall.accuracies(frame, "accuracy_by_length").set_index(["cell_id", "at"])["value"]
     said = []
     for (task, seq_len, backend), part in runs.groupby(["data", "seq_len", "backend"]):
-        asked = [at for cell, at in held.index if cell in set(part["cell_id"])]
+        cells = set(part["cell_id"])
+        asked = [at for cell, at in held.index if cell in cells]
         far = max((at for at in asked if at <= FAR * seq_len), default=seq_len)
         words = []
         by_family = sorted(part.groupby("family"), key=lambda one: vocabulary.family_order(one[0]))
-        for family, cells in by_family:
-            steps = float(cells[recall.LEVELS[0]].median())
+        for family, same in by_family:
+            steps = float(same[recall.LEVELS[0]].median())
             soon = f"in {steps:,.0f} steps" if steps < recall.INF else "not in its steps"
-            values = [held.get((cell, far)) for cell in cells["cell_id"].unique()]
+            values = [held.get((cell, far)) for cell in same["cell_id"].unique()]
             share = ", ".join(f"{value:.2f}" for value in values if pd.notna(value))
             words.append(f"{style.family_label(family)} {soon}, {share or 'nothing'} at {far:,.0f}")
         seeds = _count(int(part.groupby("cell_id")["seed"].nunique().min()), "seed")

@@ -344,7 +344,7 @@ def _cross(
     }
 
     def follows(key: str, names: dict[str, str]) -> bool:
-        return reaches(key) and (key != "model.window_size" or names["family"] != "mqa")
+        return reaches(key) and (key != WINDOW or names["family"] != "mqa")
 
     made = []
     del groups["cluster"]
@@ -353,7 +353,7 @@ def _cross(
         base = files.settings(names | {"suite": suite})
         # a window is that of the families beside it which have one
         has_window = names["family"] != "mqa" or len(groups["family"]) == 1
-        own = {k: v for k, v in values.items() if has_window or k != "model.window_size"}
+        own = {key: swept for key, swept in values.items() if has_window or key != WINDOW}
         for point in product(*own.values()):
             found = dict(zip(own, point, strict=True))
             for key, value, more in along:
