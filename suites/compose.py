@@ -418,12 +418,7 @@ class Files:
         for group, names in groups.items():
             if group not in MODEL_GROUPS:
                 overrides += [f"+{group}@{self._place(group, name)}={name}" for name in names]
-        try:
-            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                config = compose("config", overrides)
-            self._values = OmegaConf.to_container(config, resolve=True)
-        except HydraException as error:
-            raise ValueError(f"configs: {str(error).splitlines()[0]}") from None
+        self._values = copy.deepcopy(_composed(CONFIGS, tuple(overrides)))
 
     def model(self, *names: str) -> dict[str, Any]:
         """Of one choice of each of MODEL_GROUPS."""
@@ -443,3 +438,13 @@ class Files:
 
     def _place(self, *key: str) -> str:
         return self._places.setdefault(key, f"choice_{len(self._places)}")
+
+
+@cache  # a command that plans, proves parity and reports asks for the same choices again
+def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose("config", list(overrides))
+        return OmegaConf.to_container(config, resolve=True)
+    except HydraException as error:
+        raise ValueError(f"configs: {str(error).splitlines()[0]}") from None

@@ -164,13 +164,16 @@ def defaults(frame: Any) -> dict[str, list[str]]:
 
 
 def print_side_by_side(store: Path, run_ids: set[str]) -> None:
+    from analysis.remember import remembering
     from analysis.report import comparison_tables, pairs
 
     frame = frame_of(store)
     # parity of any earlier command verifies these runs too
     frame = frame[frame["run_id"].isin(run_ids) | (frame["suite"] == "parity")]
-    # the report has every metric
-    for table in comparison_tables(frame, pairs(frame, defaults(frame)), is_brief=True):
+    with remembering():
+        beside = pairs(frame, defaults(frame))
+        made = comparison_tables(frame, beside, is_brief=True)  # the report has every metric
+    for table in made:
         if table.rows:
             print()
             display.print_beside(table.header, table.rows, title=table.title)

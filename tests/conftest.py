@@ -1,10 +1,16 @@
-"""What several tests share: the tiny model of every family, JAX kept on the CPU, the worker that
-interprets kernels, and a real Slurm (started when the first test asks for it)."""
+"""What several tests share: the tiny model of every family, JAX kept on the CPU, one thread for
+PyTorch and NumPy, the worker that interprets kernels, and a real Slurm (started when the first test
+asks for it)."""
 
 import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests run side by side, and the threads of tiny operations would wait for each other's cores: the
+# parity ladder of Hawk took 75 s of CPU time beside other tests, and 13 s with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +26,7 @@ from slurm_cluster import (  # noqa: F401, fixtures
     slurm_without_accounting,
 )
 
+from analysis import remember
 from implementations.config import ModelConfig
 
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
@@ -31,6 +38,13 @@ PATTERNS = {
     "hawk": ("rg_lru",),
     "griffin": ("rg_lru", "rg_lru", "mqa"),
 }
+
+
+@pytest.fixture(autouse=True)
+def remembering() -> Iterator[None]:
+    """What a test derives of one frame is derived once, as by every command."""
+    with remember.remembering():
+        yield
 
 
 @pytest.fixture

@@ -13,11 +13,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from synthetic_records import BACKENDS, FAMILIES, modeling, parity, record, sample, training
 
-from analysis import checks, figures, style
+from analysis import checks, figures, remember, style
 from analysis.figures import drawing, gates, labels
 from analysis.load import frame_of
 
 LAYERS = [f"L4/{kind}/layers.{n}.mixer" for kind in ("activations", "grad") for n in range(6)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembering_frame():
+    """What is derived of the frame of all is derived once for all tests."""
+    with remember.remembering():
+        yield
 
 
 @pytest.fixture(scope="module")
