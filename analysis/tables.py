@@ -387,9 +387,9 @@ def _detectable(found: pd.DataFrame) -> str:
     metric = rows["metric"].iloc[0]
     ends = rows.loc[rows["metric"] == metric, "detectable"]
     low, high = (f"{value:.2g}" for value in (ends.min(), ends.max()))
-    span = low if low == high else f"{low} to {high}"
+    span = wording.in_unit(low if low == high else f"{low} to {high}", METRICS[metric].unit)
     return (
-        f" Minimum detectable effect, found four times in five: {span} {METRICS[metric].unit} of "
+        f" Minimum detectable effect, found four times in five: {span} of "
         f"{wording.metric_name(metric)}."
     )
 

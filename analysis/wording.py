@@ -46,7 +46,8 @@ def workload(row: dict[str, Any]) -> str:
 
 def effect_verdict(row: dict[str, Any], unit: str) -> str:
     if row["verdict"] == factorial.NOT_RESOLVED and not pd.isna(row["detectable"]):
-        return f"{row['verdict']} ({row['detectable']:.2g} {unit} would be)"
+        least = in_unit(f"{row['detectable']:.2g}", unit)
+        return f"{row['verdict']} ({least} would be)"
     return because(row)
 
 
@@ -88,7 +89,8 @@ def _quality_verdict(row: dict[str, Any], ours: str) -> str:
         return because(row)
     if row["detectable"] == 0:  # so is the difference: one model under two names
         return "not resolved (equal in every seed)"
-    return f"not resolved ({row['detectable']:.2g} {row['unit']} would be)"
+    least = in_unit(f"{row['detectable']:.2g}", row["unit"])
+    return f"not resolved ({least} would be)"
 
 
 def parity_mark(row: dict[str, Any], ours: str, baseline: str) -> str:
@@ -153,7 +155,12 @@ def difference(row: dict[str, Any], unit: str) -> str:
     if row["difference"] is None or pd.isna(row["difference"]):
         return NONE
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-    return f"{row['difference']:+.4f}{interval} {'' if unit == '1' else unit}".rstrip()
+    return in_unit(f"{row['difference']:+.4f}{interval}", unit)
+
+
+def in_unit(text: str, unit: str) -> str:
+    """A share or a count has no unit to be read."""
+    return text if unit == "1" else f"{text} {unit}"
 
 
 def times(ratio: float) -> str:

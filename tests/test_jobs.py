@@ -496,7 +496,7 @@ def test_from_submit_to_collect_on_a_real_slurm(slurm, tmp_path):
     of_a_job = {"SLURM_MEM_PER_CPU": "100", "SLURM_RESTART_COUNT": "1", "SBATCH_ARRAY_INX": "0-2"}
     environment = os.environ | slurm.environment | of_a_job  # as after salloc
 
-    def aerie(*arguments, seconds=240):
+    def aerie(*arguments, seconds=900):
         command = [sys.executable, "-m", "suites", *map(str, arguments), "--results", str(store)]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=seconds
@@ -506,7 +506,8 @@ def test_from_submit_to_collect_on_a_real_slurm(slurm, tmp_path):
     code, out, err = aerie("submit", *ONE, *CLUSTER, "--json")
     assert code == 0, err
     made = json.loads(out)["submission"]
-    assert aerie("wait", made, "--every", 1, "--timeout", 200)[0] == 0
+    code, out, err = aerie("wait", made, "--every", 1, "--timeout", 800)
+    assert code == 0, out + err
     told = json.loads(aerie("status", "--json")[1])
     assert (told["submissions"], told["running"]) == ([], [])
     assert {row["outcome"] for row in told["outcomes"]} == {"completed"}
@@ -522,9 +523,9 @@ def test_from_submit_to_collect_on_a_real_slurm(slurm, tmp_path):
     hang = ("suite=language_modeling", "family=hawk", "backend=torch", "suite.num_steps=100000",
             "suite.seeds=[0]", *CLUSTER)  # fmt: skip
     assert aerie("submit", *hang)[0] == 0
-    slurm.wait_for(lambda: json.loads(aerie("status", "--json")[1])["running"], 90)
+    slurm.wait_for(lambda: json.loads(aerie("status", "--json")[1])["running"], 300)
     assert aerie("cancel", "--all")[0] == 0
-    code, out, _ = aerie("wait", "--every", 1, "--timeout", 60)
+    code, out, _ = aerie("wait", "--every", 1, "--timeout", 300)
     assert (code, "cancelled" in out) == (1, True)
     code, out, _ = aerie("submit", *hang)
     assert "given up: 1 cancelled" in out

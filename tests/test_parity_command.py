@@ -56,7 +56,7 @@ def test_json_has_every_check_with_both_errors_and_tolerances(aerie):
     ("arguments", "message"),
     [
         (("--against", "jax"), "nothing of jax to compare with"),
-        (("dtype=float32", "--level", "L1"), "nothing was compared"),
+        (("dtype=float32", "kernels.linear_scan=auto", "--level", "L1"), "nothing was compared"),
         (("kernels.linear_scan=triton",), "has no float64"),
         (("kernels.linear_scan=pallas_gpu",), "not offered"),
     ],

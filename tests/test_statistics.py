@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from synthetic_records import record, sample
 
-from analysis import comparisons, derive, statistics, tables
+from analysis import comparisons, derive, statistics, tables, wording
 from analysis.load import frame_of
 
 
@@ -569,3 +569,10 @@ def test_what_is_not_resolved_says_what_would_have_been(losses, verdict):
     records = trained("jax", losses) + trained("torch", [1.1, 1.2, 1.2][: len(losses)])
     table = tables.side_by_side(frame_of(records))
     assert table.rows[0][table.header.index("verdict")] == verdict
+
+
+def test_a_share_has_no_unit_to_be_read():
+    row = {"verdict": "not resolved", "detectable": 0.5, "num_paired_seeds": 3, "difference": 0.1,
+           "low": -0.2, "high": 0.4, "metric": "accuracy", "unit": "1"}  # fmt: skip
+    assert wording.verdict(row, "jax") == "not resolved (0.5 would be)"
+    assert wording.difference(row, "1") == "+0.1000 [-0.2000, +0.4000]"

@@ -3,13 +3,21 @@
 Tolerances are those of parity, where the same fields are measured (tolerances.yaml).
 """
 
+import math
+
 import pytest
 from scan_cases import LONG_SHAPES, SHAPES, within
 
 CASES = "triton_scan_cases"
 
 SCANS = [("triton", *shape) for shape in SHAPES]
-SCANS += [("triton_split", *shape) for shape in LONG_SHAPES]
+SCANS += [
+    # T x R: half a minute or more to interpret where both are many
+    pytest.param(
+        "triton_split", *shape, marks=pytest.mark.slow if math.prod(shape[1:3]) > 2**15 else ()
+    )
+    for shape in LONG_SHAPES
+]
 
 
 @pytest.mark.parametrize(("variant", "B", "T", "R", "documents", "dtype"), SCANS)
