@@ -261,3 +261,16 @@ def test_an_op_is_checked_again_with_the_kernels_that_it_calls():
     assert op_checks.KERNELS.keys() == OPS.keys()
     called = {setting for settings in op_checks.KERNELS.values() for setting in settings}
     assert called == set(auto("torch", "cpu"))
+
+
+def test_a_child_has_a_thread_for_each_core_but_for_tiny_tensors_one():
+    (parity,), (timed,) = (
+        runs_of("family=hawk", "backend=torch", f"suite={suite}", "suite.rounds=1", *settings)
+        for suite, settings in (
+            ("parity", ("dtype=float32",)),
+            ("training_speed", ("suite.seq_lens=[16]", "suite.tokens_per_step=16")),
+        )
+    )
+    assert environment([0, 1], timed)["OMP_NUM_THREADS"] == "2"
+    assert environment([0, 1], parity)["OMP_NUM_THREADS"] == "1"
+    assert environment([0, 1], parity)["AERIE_CORES"] == "0,1"

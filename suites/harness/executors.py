@@ -168,7 +168,9 @@ class Local:
 def environment(cores: list[int], run: Run, dumps: str | None = None) -> dict[str, str]:
     """The child's environment: threads pinned, full float32 products, caches on local disk."""
     caches = Path(tempfile.gettempdir()) / f"aerie-cache-{os.getuid()}"
-    pinned = ranks.pinned(cores) | {
+    # tensors of parity are tiny: more threads than one would wait for each other
+    num_threads = 1 if run.suite == "parity" else None
+    pinned = ranks.pinned(cores, num_threads) | {
         # our own code, and not another checkout's that the command was started in
         "PYTHONPATH": os.pathsep.join(filter(None, (str(provenance.ROOT), *_python_path()))),
         "PYTHONSAFEPATH": "1",

@@ -42,10 +42,11 @@ def share(cores: list[int], index: int, count: int) -> list[int]:
     return [cores[(index * number + i) % len(cores)] for i in range(number)]
 
 
-def pinned(cores: list[int]) -> dict[str, str]:
-    """What keeps a process to its cores, read before any thread of it starts."""
+def pinned(cores: list[int], num_threads: int | None = None) -> dict[str, str]:
+    """What keeps a process to its cores, and to so many threads (None: one a core), read before any
+    thread of it starts."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    threads = dict.fromkeys(names, str(len(cores)))
+    threads = dict.fromkeys(names, str(num_threads or len(cores)))
     return {"AERIE_CORES": ",".join(map(str, cores))} | threads
 
 
