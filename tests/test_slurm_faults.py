@@ -272,12 +272,15 @@ def test_a_job_whose_preemption_is_its_end_goes_with_the_next_submit(own, stub):
     require_slurm()
     slurm = own(accounting=True, grace_time=0, requeue=False)
     users = {may: User(slurm, stub / str(may)) for may in (True, False)}
-    runs, train = block("sleep 2"), quality("train 10")
+    runs, train = block("sleep 6"), quality("train 25")  # one at least goes on once both have begun
     where = WHOLE_NODE | {"partition": "gpu-cancel", "gres": "gpu:2"}
-    for may, user in users.items():
-        user.submit([*runs, train], where | {"is_requeued": may})
-    for user in users.values():
-        user.wait_until_begun(runs[1], train)
+
+    def begins(may: bool) -> None:
+        users[may].submit([*runs, train], where | {"is_requeued": may})
+        users[may].wait_until_begun(runs[1], train)
+
+    with ThreadPoolExecutor(len(users)) as pool:
+        list(pool.map(begins, users))
     time.sleep(1.5)
     for kind in ("h100", "a100"):
         slurm.submit("sleep 1", "--partition=gpu-urgent", f"--gres=gpu:{kind}:4")
