@@ -56,7 +56,7 @@ def test_a_job_that_a_node_could_not_start_runs_on_another(stub, n1_starts_nothi
 @pytest.mark.slow
 def test_nothing_is_lost_and_nothing_doubled_where_all_falls_apart(tmp_path):
     require_slurm(accounting=False)
-    command = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--num-runs", "8", "--every", "5"]
+    command = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--num-runs", "12", "--every", "5"]
     done = subprocess.run(
         [*command, "--out", tmp_path], capture_output=True, text=True, timeout=600, check=False
     )

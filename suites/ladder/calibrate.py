@@ -43,10 +43,7 @@ MOST_OF_AN_OP = 1e-12  # in float64: the promise of L1
 # How many times farther than its disturbed twin a backend may be: see training.py. Measured over
 # both backends of griffin and mqa, 200 steps: at most 5.1 (of a step), 2.2 (of a loss).
 GROWTH = 15.0
-# Kinds whose error is that of one number: a loss; and the one token, if any, whose tie fell the
-# other way: of three seeds of cg_lru in bfloat16 two had none, and the rms of the third was 3.3
-# times the most seen before.
-SINGLE = ("loss", "one document/loss", "decode")
+SINGLE = ("loss", "one document/loss")  # kinds of which each is one number
 Seen = dict[str, dict[str, dict[str, dict[str, float]]]]  # section, dtype, kind: worst
 PATH = Path(__file__).with_name("tolerances.yaml")
 
@@ -57,7 +54,7 @@ PLACE_OF_GATES = ("family=griffin", "settings=paper")
 
 def calibrate(gates: list[str], *, on_end: Callable[[int, int, str], None]) -> Path:
     """Measures, and writes the file; `gates`, if any, are overrides that choose other gates, whose
-    section alone is then measured. ValueError where a run fails or breaks a promise."""
+    section is then widened by what they need here. ValueError where a run fails or breaks a promise."""
     chosen = gates or [f"gate={','.join(name for name in GATES if name != 'rg_lru')}"]
     runs = gate([*PLACE_OF_GATES, *chosen])
     if not gates:
@@ -69,8 +66,8 @@ def calibrate(gates: list[str], *, on_end: Callable[[int, int, str], None]) -> P
         )
     requests = [Request(run=run, seeds=tuple(range(_num_draws(run)))) for run in runs]
     seen: Seen = {name: {} for name in ("ours", *LANGUAGES, "peer", OTHER_GATES)}
-    if gates:
-        seen |= {name: _before(name) for name in ("ours", *LANGUAGES, "peer")}
+    if gates:  # on top of what was measured before, perhaps on another machine
+        seen = {name: _before(name) for name in seen}
     ends = in_parallel(requests, draws)
     for number, (request, found) in enumerate(ends, start=1):
         for draw in found:
@@ -171,8 +168,8 @@ def _text(seen: Seen, values: dict[str, Any]) -> str:
         "# mean squares. n: tensors compared, over seeds, families, settings, layers, kernels and",
         "# both backends; triton and pallas: what these kernels, interpreted, need beyond those;",
         "# peer: transformers' RecurrentGemma; gates: what other gates than rg_lru need beyond",
-        "# all these (--calibrate gate=... measures them alone). Written by the command: do not",
-        "# edit.",
+        "# all these (--calibrate gate=... adds what they need on another machine). Written by",
+        "# the command: do not edit.",
         *(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}"
           for key, value in head.items()),
         "margin:",
