@@ -21,11 +21,10 @@ def main(request: dict) -> None:
     from suites.parity import climb
 
     base = Run.from_json(request["run"])
-    settings = {"dtype": base.dtype, "kernels": base.kernels, "device_kind": base.device_kind}
-    engine = load_engine(base.backend)(base.model, seed=request["seeds"][0], **settings)
     for seed in request["seeds"]:
         run = replace(base, seed=seed)
-        engine.load_parameters(parameters.draw(run.model, seed))  # another engine compiles anew
+        settings = {"dtype": run.dtype, "kernels": run.kernels, "device_kind": run.device_kind}
+        engine = load_engine(run.backend)(run.model, seed=seed, **settings)
         errors, failure = {}, None
         try:
             for check in climb(run, engine):
