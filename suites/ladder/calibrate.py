@@ -54,7 +54,8 @@ PLACE_OF_GATES = ("family=griffin", "settings=paper")
 
 def calibrate(gates: list[str], *, on_end: Callable[[int, int, str], None]) -> Path:
     """Measures, and writes the file; `gates`, if any, are overrides that choose other gates, whose
-    section is then widened by what they need here. ValueError where a run fails or breaks a promise."""
+    section is then widened by what they need here. ValueError where a run fails or breaks a
+    promise."""
     chosen = gates or [f"gate={','.join(name for name in GATES if name != 'rg_lru')}"]
     runs = gate([*PLACE_OF_GATES, *chosen])
     if not gates:
