@@ -60,12 +60,7 @@ def test_a_false_alarm_names_run_seed_and_field(runs):
 
 
 @pytest.mark.slow
-def test_every_planted_defect_is_caught_where_it_is_expected_and_nothing_else(
-    tmp_path, monkeypatch
-):
-    # what a defect leaves as it was is compiled once
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+def test_every_planted_defect_is_caught_where_it_is_expected_and_nothing_else():
     found = prove.prove(on_end=lambda *_: None)
     missed = {row["name"]: row["why"] for row in found["defects"] if row["level"] is None}
     assert not missed
