@@ -36,6 +36,8 @@ def join(device_kind: str, num_devices: int) -> None:
         local = range(rank.index * share, (rank.index + 1) * share)
     if device_kind == CPU:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # of programs that were read from a cache, processes wait for each other for ever
+        jax.config.update("jax_enable_compilation_cache", False)
     jax.distributed.initialize(
         f"{rank.host}:{rank.port}",
         num_processes=rank.count,
