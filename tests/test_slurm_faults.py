@@ -578,7 +578,7 @@ def said_by(user: User, run: Run) -> str:
 def test_a_record_that_is_seen_late_is_never_replaced(slurm, stub):
     """As on NFS: a job has ended, and what it wrote last is not there yet."""
     user, run = User(slurm, stub), quality("kill_worker")
-    user.submit([run], {"view_s": 60.0})  # looks of a loaded machine take seconds each
+    user.submit([run], {"view_s": 20.0})  # looks of a loaded machine take seconds each
     (job,) = user.jobs
     slurm.wait_for_state(f"{job}_0", "FAILED", seconds=WAIT_S)
     user.status()
