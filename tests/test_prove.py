@@ -30,6 +30,14 @@ def test_a_planted_defect_is_red_at_its_op_and_unplanted_it_is_not(runs):
         assert next(iter(prove._red(run, draw)), None) == red
 
 
+def test_a_climb_with_a_defect_ends_at_the_first_red_check_of_the_lowest_level(runs):
+    run = of(runs, backend="torch", dtype="float64")[0]
+    run = replace(run, workload=replace(run.workload, levels=("L0", "L1", "L3")))
+    (draw,) = draws(Request(run=run, seeds=(3,), defect="torch_rope_base"), [0])
+    assert prove._red(run, draw) == ["L1/rope/y_BTNH"]
+    assert next(reversed(draw.errors)) == "L1/rope/y_BTNH"
+
+
 def test_a_process_that_fails_says_why(runs):
     run = of(runs, backend="torch", dtype="float64")[0]
     run = replace(run, model=replace(run.model, window_size=4096), dtype="float16")
