@@ -31,6 +31,7 @@ from implementations.config import ModelConfig
 
 FAMILIES = ("mqa", "mqa_local", "hawk", "griffin")
 BACKENDS = ("jax", "torch")
+LONGEST = ("test_prove", "test_quickstart", "test_slurm_faults")  # minutes each
 
 PATTERNS = {
     "mqa": ("mqa",),
@@ -46,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     instead of 79. A program that differs, or is for other devices, is another entry."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: what begins last is waited for by processes that have no more."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from suites.ladder import prove
+from suites.ladder import prove, survey
 from suites.ladder.defects import DEFECTS
 from suites.ladder.plan import gate
-from suites.ladder.survey import Draw, Request, draws
+from suites.ladder.survey import Draw, Request
 
 DEFECT = {defect.name: defect for defect in DEFECTS}
 
@@ -21,28 +21,49 @@ def of(runs, **wanted):
     return [r for r in runs if all(getattr(r, key) == value for key, value in wanted.items())]
 
 
-def test_a_planted_defect_is_red_at_its_op_and_unplanted_it_is_not(runs):
+@pytest.fixture(scope="module")
+def nursery():
+    with survey.nursery([0]) as opened:
+        yield opened
+
+
+def test_a_planted_defect_is_red_at_its_op_and_unplanted_it_is_not(runs, nursery):
     run = of(runs, backend="torch", dtype="float64")[0]
     run = replace(run, workload=replace(run.workload, levels=("L1",)))
     for defect, red in (("torch_rope_base", "L1/rope/y_BTNH"), (None, None)):
-        (draw,) = draws(Request(run=run, seeds=(3,), defect=defect), [0])
+        (draw,) = nursery.draws(Request(run=run, seeds=(3,), defect=defect))
         assert draw.failure is None
         assert next(iter(prove._red(run, draw)), None) == red
 
 
-def test_a_climb_with_a_defect_ends_at_the_first_red_check_of_the_lowest_level(runs):
+def test_a_climb_with_a_defect_ends_at_the_first_red_check_of_the_lowest_level(runs, nursery):
     run = of(runs, backend="torch", dtype="float64")[0]
     run = replace(run, workload=replace(run.workload, levels=("L0", "L1", "L3")))
-    (draw,) = draws(Request(run=run, seeds=(3,), defect="torch_rope_base"), [0])
+    (draw,) = nursery.draws(Request(run=run, seeds=(3,), defect="torch_rope_base"))
     assert prove._red(run, draw) == ["L1/rope/y_BTNH"]
     assert next(reversed(draw.errors)) == "L1/rope/y_BTNH"
 
 
-def test_a_process_that_fails_says_why(runs):
+def test_a_process_that_fails_says_why(runs, nursery):
     run = of(runs, backend="torch", dtype="float64")[0]
     run = replace(run, model=replace(run.model, window_size=4096), dtype="float16")
-    (draw,) = draws(Request(run=run, seeds=(0,)), [0])
+    (draw,) = nursery.draws(Request(run=run, seeds=(0,)))
     assert "float16" in draw.failure
+    (draw,) = nursery.draws(Request(run=replace(run, dtype="float32"), seeds=(0,), defect="none"))
+    assert draw.failure == "exit code 1: StopIteration"
+
+
+def test_a_process_that_is_killed_costs_one_draw_alone(runs):
+    run = of(runs, backend="torch", dtype="float64")[0]
+    run = replace(run, workload=replace(run.workload, levels=("L1",)))
+    with survey.nursery([0]) as nursery:
+        process = nursery._process(run)
+        process.kill()
+        process.wait()
+        first, second = (nursery.draws(Request(run=run, seeds=(3,)))[0] for _ in range(2))
+    assert first.failure == "exit code -9: no output"
+    assert second.failure is None
+    assert not prove._red(run, second)
 
 
 def test_a_defect_is_looked_for_in_its_backend_from_the_ops_up(runs):

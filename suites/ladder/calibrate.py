@@ -24,7 +24,7 @@ from suites.ladder.check import (
     tolerances,
 )
 from suites.ladder.plan import gate, need_peer
-from suites.ladder.survey import Draw, Request, draws, in_parallel
+from suites.ladder.survey import Draw, Request, in_parallel
 from suites.ladder.tables import name_of
 
 NUM_DRAWS = 20  # of Griffin, which has every mixer
@@ -69,7 +69,7 @@ def calibrate(gates: list[str], *, on_end: Callable[[int, int, str], None]) -> P
     seen: Seen = {name: {} for name in ("ours", *LANGUAGES, "peer", OTHER_GATES)}
     if gates:  # on top of what was measured before, perhaps on another machine
         seen = {name: _before(name) for name in seen}
-    ends = in_parallel(requests, draws)
+    ends = in_parallel(requests, lambda request, nursery: nursery.draws(request))
     for number, (request, found) in enumerate(ends, start=1):
         for draw in found:
             _add(seen, request.run, draw)

@@ -1,18 +1,40 @@
-"""The process of one survey request: `python -m suites.ladder.child <request as JSON>`.
+"""The process of survey requests: `python -m suites.ladder.child <modules>...`.
 
-It prints one line of JSON for every seed. Nothing of ours is imported before a defect is planted,
-and a climb with a defect ends where nothing that follows could show it at a lower level.
+It imports what takes long, frameworks, and forks for each request, a line of JSON on its standard
+input. The fork prints a line of JSON for every seed, and when it has ended one more says how.
+Nothing of ours is imported before a defect is planted, and a climb with a defect ends where nothing
+that follows could show it at a lower level.
 """
 
+import importlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import replace
 
 
-def main(request: dict) -> None:
+def main(modules: list[str]) -> None:
     if cores := os.environ.get("AERIE_CORES"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
+    for name in modules:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                answer(json.loads(line))
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)  # frameworks take long to tear down
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"ended": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def answer(request: dict) -> None:
     if request["defect"]:
         from suites.ladder.defects import DEFECTS, plant
 
@@ -41,6 +63,4 @@ def main(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # frameworks take long to tear down
+    main(sys.argv[1:])

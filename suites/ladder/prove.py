@@ -1,8 +1,8 @@
 """Parity that proves itself: every planted defect must be caught, and nothing else.
 
-Each defect is planted in a fresh process that climbs the ladder at the gate's own configuration,
-rung by rung until one is red. A false alarm is a red check without a defect, from seeds that the
-tolerances were not measured with.
+Each defect is planted in a process of its own, which climbs the ladder at the gate's own
+configuration, rung by rung until one is red. A false alarm is a red check without a defect, from
+seeds that the tolerances were not measured with.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from suites.harness.run import Run
 from suites.ladder.check import LEVELS, Error, level_of, limit_of
 from suites.ladder.defects import DEFECTS, Defect
 from suites.ladder.plan import PEER, gate, need_peer
-from suites.ladder.survey import Draw, Request, draws, in_parallel
+from suites.ladder.survey import Draw, Nursery, Request, in_parallel
 from suites.ladder.tables import name_of, settings_of
 
 ALARM_SEEDS = tuple(range(100, 120))
@@ -45,10 +45,10 @@ def prove(*, on_end: Callable[[int, int, str], None], every: int = 1) -> dict[st
     quiet += [Request(run=run, seeds=ALARM_SEEDS[:2]) for run in slow]
     jobs = [*quiet, *DEFECTS]
 
-    def work(job: Request | Defect, cores: list[int]) -> Any:
+    def work(job: Request | Defect, nursery: Nursery) -> Any:
         if isinstance(job, Request):
-            return list(_alarms(job, draws(job, cores)))
-        return _caught(job, slow if job.is_interpreted else plain, cores)
+            return list(_alarms(job, nursery.draws(job)))
+        return _caught(job, slow if job.is_interpreted else plain, nursery)
 
     defects, alarms, num_draws = [], [], 0
     for number, (job, found) in enumerate(in_parallel(jobs, work), start=1):
@@ -90,13 +90,13 @@ def _alarms(request: Request, found: list[Draw]) -> Iterator[dict[str, Any]]:
             yield {"run": name_of(request.run), "seed": draw.seed, "why": why}
 
 
-def _caught(defect: Defect, runs: list[Run], cores: list[int]) -> dict[str, Any]:
+def _caught(defect: Defect, runs: list[Run], nursery: Nursery) -> dict[str, Any]:
     """The lowest level that sees the defect, and the first field that is red there."""
     row = {"name": defect.name, "module": defect.module, "line": defect.line,
            "fault": defect.fault, "expected": defect.level}  # fmt: skip
     failures = []  # no check was red: a crash is seen, but it is not caught
     for run in _parts(defect, runs):
-        (draw,) = draws(Request(run=run, seeds=(run.seed,), defect=defect.name), cores)
+        (draw,) = nursery.draws(Request(run=run, seeds=(run.seed,), defect=defect.name))
         if draw.failure:
             failures.append(draw.failure)
         if red := _red(run, draw):
