@@ -1,5 +1,6 @@
 """Planted defects: the ladder catches each, at the lowest level that can see it, and no more."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_process_that_is_killed_costs_one_draw_alone(runs):
     assert first.failure == "exit code -9: no output"
     assert second.failure is None
     assert not prove._red(run, second)
+
+
+def test_ctrl_c_ends_it_and_starts_no_more(runs):
+    run = of(runs, backend="torch", dtype="float64")[0]
+    begun = []
+
+    def work(number: int, nursery: survey.Nursery) -> None:
+        begun.append(number)
+        process = nursery._process(run)
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        nursery.draws(Request(run=run, seeds=(0,)))
+
+    with pytest.raises(KeyboardInterrupt):
+        list(survey.in_parallel(range(100), work))
+    assert len(begun) < 100
 
 
 def test_a_defect_is_looked_for_in_its_backend_from_the_ops_up(runs):

@@ -3,6 +3,7 @@ proof are made of."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ class Nursery:
     processes: dict[tuple[str, bool], subprocess.Popen] = field(default_factory=dict)
 
     def draws(self, request: Request) -> list[Draw]:
-        """Of a fresh process; a last one without errors says why there are no more."""
+        """Of a fork; a last one without errors says why there are no more."""
         process, log_start = self._process(request.run), os.fstat(self.log.fileno()).st_size
         with suppress(BrokenPipeError):  # it is gone, as is seen below
             process.stdin.write(request.to_json() + "\n")
@@ -72,6 +73,8 @@ class Nursery:
         if code is None:
             del self.processes[_key(request.run)]
             code = process.wait()
+            if code == -signal.SIGINT:  # Ctrl-C is for all of us
+                raise KeyboardInterrupt
         if len(found) < len(request.seeds):
             self.log.seek(log_start)
             last = (self.log.read().strip().splitlines() or ["no output"])[-1]
@@ -122,6 +125,7 @@ def in_parallel(items: Iterable[Item], work: Callable[[Item, Nursery], Result]) 
             finally:
                 free.put(mine)
 
-        pool = stack.enter_context(ThreadPoolExecutor(len(cores)))
+        pool = ThreadPoolExecutor(len(cores))
+        stack.callback(pool.shutdown, cancel_futures=True)
         for future in as_completed([pool.submit(on_a_core, item) for item in items]):
             yield future.result()
