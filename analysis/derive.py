@@ -10,7 +10,7 @@ from analysis import statistics
 from analysis.checks import PARITY_ORDER, mark_parity, parity
 from analysis.load import SAMPLE_COLUMNS, words
 from analysis.remember import remembered
-from analysis.vocabulary import CURVES, HEADLINES
+from analysis.vocabulary import CURVES, HEADLINES, SHARES
 
 # Of an attempt and its machine: runs() says it once, and not for each of millions of medians.
 _OF_RUNS = ("attempt", "outcome", "reason", "phase", "is_counted", "started_at", "seconds",
@@ -137,7 +137,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     made["parity"] = np.array(PARITY_ORDER, dtype=object)[rank]
     made["is_current"] = groups["is_current"].min()
     # statistics.median_interval, of all groups at once
-    n, is_log = numbers.size, least > 0
+    is_share = made["metric"].isin(SHARES).to_numpy()
+    n, is_log = numbers.size, (least > 0) & ~is_share
     scaled = np.log(value, out=value.copy(), where=is_log[numbers.number])
     scaled = pd.Series(scaled).groupby(numbers.number, sort=False)
     mean, deviation = scaled.mean().to_numpy(), scaled.std(ddof=1).to_numpy()
@@ -151,7 +152,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         ("high", mean + half, numbers.start + n - 1 - skipped, np.maximum),
     ):
         with np.errstate(over="ignore"):
-            few = outer(np.where(is_log, np.exp(np.where(is_log, end, 0)), end), made["value"])
+            end = np.where(is_log, np.exp(np.where(is_log, end, 0)), end)
+            few = outer(np.where(is_share, np.clip(end, 0, 1), end), made["value"])
         made[name] = np.where(is_many, in_order[place], np.where(n > 1, few, np.nan))
     variant = outcomes(frame).set_index("cell_id")["variant"]
     return made.assign(variant=made["cell_id"].map(variant))

@@ -155,12 +155,13 @@ def bootstrap_interval(
     return float(centre - half), float(centre + half)
 
 
-def median_interval(values: Sequence[float]) -> Interval | None:
+def median_interval(values: Sequence[float], *, is_share: bool = False) -> Interval | None:
     """Interval of one variant's median over its processes, which always lies in it; None below two.
 
     From 6 on by order statistics: exact, whatever the distribution (of 6 the least and the largest:
     96.9%), where two modes put the median far from any mean. Fewer have no such interval of 95%:
-    theirs is Student's, of the logarithms where values are positive, so that no time is negative.
+    theirs is Student's, of the logarithms where values are positive, so that no time is negative;
+    that of a share is of the values themselves, from 0 to 1 at most.
     It holds the median too: that is a standard deviation from the mean at most, and half of
     Student's interval of fewer than 6 values is at least 1.2 of them."""
     values = np.sort(np.asarray(values, dtype=float))
@@ -170,7 +171,9 @@ def median_interval(values: Sequence[float]) -> Interval | None:
         return float(values[skipped]), float(values[-1 - skipped])
     if n < 2:
         return None
-    if values[0] > 0:
+    if is_share:
+        low, high = np.clip(student_interval(values), 0, 1)
+    elif values[0] > 0:
         with np.errstate(over="ignore"):  # two values, orders of magnitude apart: up to infinity
             low, high = map(float, np.exp(student_interval(np.log(values))))
     else:

@@ -26,6 +26,9 @@ TIMES = ("step_time_ms", "tokens_per_s", "ttft_ms", "tpot_ms", "decode_time_s",
 # compared by difference, not by ratio
 QUALITIES = ("bits_per_byte", "loss", "train_loss", "held_out_loss", "loss_beyond", "accuracy",
              "accuracy_over_lengths", "accuracy_by_length")  # fmt: skip
+# from 0 to 1, both of them reached
+SHARES = ("accuracy", "accuracy_over_lengths", "accuracy_by_length", "token_accuracy",
+          "token_accuracy_by_length")  # fmt: skip
 # one value for each `at`
 CURVES = ("train_loss", "held_out_loss", "loss_by_position", "loss_up_to", "loss_by_length",
           "loss_error", "num_documents")  # fmt: skip

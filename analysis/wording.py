@@ -39,8 +39,11 @@ def workload(row: dict[str, Any]) -> str:
     if row.get("op") is not None and not pd.isna(row["op"]):
         words = [row["op"], PASSES[row["work_phase"]], *words]
     at = row.get("at")
-    if at is not None and not pd.isna(at) and row.get("suite") == "decode_throughput":
-        words[-1] = f"batch {int(at):,}"
+    if at is not None and not pd.isna(at):
+        if row.get("suite") == "decode_throughput":
+            words[-1] = f"batch {int(at):,}"
+        elif str(row.get("metric")).endswith("_by_length"):
+            words.append(f"asked at {int(at):,}")
     return ", ".join(words)
 
 

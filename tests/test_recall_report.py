@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import synthetic_records as synthetic
 
-from analysis import answer, claims, recall, report
+from analysis import answer, claims, recall, report, tables
 from analysis.claims import NOT_AT_SCALE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from analysis.load import frame_of
 
@@ -145,3 +145,11 @@ def test_the_answer_tells_in_how_many_steps_and_what_is_held():
     )
     assert "; Hawk in " in said
     assert "1.00 at 4,096" in said
+
+
+def test_each_length_of_a_comparison_is_named():
+    found = tables.side_by_side(frame_of(records()), "family", "hawk", "mqa")
+    rows = [dict(zip(found.header, row, strict=True)) for row in found.rows]
+    by_length = [row["workload"] for row in rows if row["metric"] == "Accuracy by length"]
+    assert len(by_length) == len(set(by_length)) > 1
+    assert sum(work.endswith("asked at 512") for work in by_length) == 1

@@ -216,6 +216,17 @@ def test_summaries_of_all_cells_at_once_have_the_interval_of_each(n, shift):
     assert (cell["low"], cell["high"]) == pytest.approx(want, nan_ok=True)
 
 
+@pytest.mark.parametrize("values", [(0.41, 1.0, 1.0), (0.02, 0.06), (0.0, 0.0, 0.03)])
+def test_the_interval_of_an_accuracy_is_no_less_than_none_right_and_no_more_than_all(values):
+    records = [record(round=r, samples=(sample("accuracy", v),)) for r, v in enumerate(values)]
+    cell = derive.summary(frame_of(records)).iloc[0]
+    low, high = statistics.student_interval(values)
+    assert low < 0 or high > 1
+    want = (max(0.0, low), min(1.0, high))
+    assert (cell["low"], cell["high"]) == pytest.approx(want)
+    assert statistics.median_interval(values, is_share=True) == pytest.approx(want)
+
+
 def test_median_interval_of_six_processes_is_their_range():
     assert statistics.median_interval([3.0, 1.0, 2.0, 9.0, 4.0, 5.0]) == (1.0, 9.0)
 
