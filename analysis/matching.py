@@ -85,7 +85,7 @@ def _matches(
     is_ablated = by not in ("backend", "family")
     whose, side, equal = ["suite", "size", held], _Codes(rows[by]), {n: facts[n] for n in same}
     if by == "family":
-        equal["optimizer"] = _Codes(rows["optimizer"].map(_but_tuned, na_action="ignore"))
+        equal["optimizer"] = _Codes(rows["optimizer"].map(settings.but_tuned, na_action="ignore"))
     points = _numbers(rows, [*whose, "match", "seed", "round"])
     together = side.differ(points)
     differing = {name: codes.differ(points) for name, codes in equal.items()}
@@ -151,15 +151,6 @@ def _split(number: np.ndarray) -> list[np.ndarray]:
 
 def _kind(variant: str) -> str:
     return "hand-written" if variant.startswith(settings.OUR_KERNELS) else "composed"
-
-
-def _but_tuned(optimizer: str) -> str:
-    """Without the values that each family was given as its own best, of equally long searches."""
-    words = optimizer.split(", ")
-    if f"name={settings.TUNED}" not in words:
-        return optimizer
-    own = {name.rpartition(".")[2] for name in settings.TUNED_ALONG}
-    return ", ".join(word for word in words if word.partition("=")[0] not in own)
 
 
 def _span(known: list) -> str:

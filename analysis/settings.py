@@ -137,6 +137,16 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
 
 
 @remembered
+def but_tuned(optimizer: str) -> str:
+    """An optimizer without the values that each family was given as its own best, of equally long
+    searches."""
+    words = optimizer.split(", ")
+    if f"name={TUNED}" not in words:
+        return optimizer
+    own = {name.rpartition(".")[2] for name in TUNED_ALONG}
+    return ", ".join(word for word in words if word.partition("=")[0] not in own)
+
+
 def _numbered(table: pd.DataFrame) -> pd.DataFrame:
     """A number for each value, of settings that vary: many are grouped by most of them."""
     numbers = {name: pd.factorize(table[name])[0] for name in table}

@@ -68,6 +68,26 @@ def test_hawk_that_never_learns_is_a_lower_bound_and_mqa_that_does_not_is_no_evi
     assert "MQA did not learn it in 5,000 steps (3 of 3 seeds)" in found.evidence
 
 
+def test_each_family_at_its_own_tuned_rate_is_of_one_comparison():
+    rates = {"mqa": 1e-3, "hawk": 3e-3, "griffin": 3e-3}
+    tuned = {family: {"optimizer": {"name": "tuned", "learning_rate": rate, "weight_decay": 0.0}}
+             for family, rate in rates.items()}  # fmt: skip
+    for name, settings in PAPER.items():
+        found = check(name, records(by_family=tuned, **settings))
+        assert found.verdict == REPRODUCED, found.evidence
+        assert "MQA" in found.evidence
+    adamw = {family: {"optimizer": own["optimizer"] | {"name": "adamw"}}
+             for family, own in tuned.items()}  # fmt: skip
+    found = check("selective_copying", records(by_family=adamw, **PAPER["selective_copying"]))
+    assert found.verdict == NOT_AT_SCALE
+    assert "nothing of MQA" in found.evidence
+
+
+def test_copying_without_hawk_says_nothing_of_it():
+    settings = PAPER["selective_copying"] | {"families": ("mqa", "griffin")}
+    assert check("selective_copying", records(**settings)).verdict == NOT_TESTED
+
+
 def test_a_family_that_loses_the_task_at_16_times_is_against_the_claim():
     settings = PAPER["induction_heads"]
     found = check("induction_heads", records(by_family={"hawk": {"reach": 1024}}, **settings))

@@ -22,6 +22,7 @@ import pandas as pd
 
 from analysis import checks, derive, published, statistics, style
 from analysis.remember import remembered
+from analysis.settings import but_tuned
 
 RATIO, NATS = "x", "nats/token"
 # what makes two processes a pair
@@ -242,7 +243,8 @@ def _median(values: Iterable[float]) -> float:
 def rows_of(frame: pd.DataFrame, suite: str, metric: str) -> pd.DataFrame:
     """Processes of one suite and metric, of the paper's patterns, and what their settings say:
     `shared_model` (what families share), `other_kernels` (all but the scan), `recipe` (of the
-    optimizer, without its length), `num_tokens` of a step or of the training, `lack_of_size`."""
+    optimizer, without its length and what each family was tuned to), `num_tokens` of a step or of
+    the training, `lack_of_size`."""
     rows = derive.processes(frame)
     rows = rows[(rows["suite"] == suite) & (rows["metric"] == metric)]
     told = ["family", "size", "model", "kernels", "optimizer"]  # which few differ in
@@ -291,8 +293,9 @@ def _without_scan(text: str) -> str:
 
 @cache
 def _recipe(text: str | None) -> str:
-    """The optimizer, without the schedule that ends with its run."""
-    return re.sub(r"num_(warmup_)?steps=\w+,? ?", "", text or "")
+    """The optimizer, without the schedule that ends with its run, and the rate and decay that each
+    family was tuned to."""
+    return but_tuned(re.sub(r"num_(warmup_)?steps=\w+,? ?", "", text or ""))
 
 
 @cache

@@ -43,7 +43,9 @@ def selective_copying(frame: pd.DataFrame) -> list[Finding]:
     missed = rows.groupby("run_id", observed=True)["is_short"].any()
     made = []
     for group in groups(rows, [], SHARED, SEED):
-        others = [(name,) for name in ("mqa", "griffin") if group.has(("hawk",), (name,))]
+        if not group.has(("hawk",)):
+            continue
+        others = [(name,) for name in ("mqa", "griffin") if group.has((name,))]
         short = {key: sum(bool(missed[run]) for run in ids) for key, ids in group.ids.items()}
         quantities = [_steps_ratio(group, key, short[("hawk",)]) for key in others]
         keys = [("hawk",), *others]
