@@ -136,7 +136,6 @@ def shared(table: pd.DataFrame, by: str) -> pd.Series:
     return kept.groupby(list(kept), dropna=False, sort=False).ngroup()
 
 
-@remembered
 def but_tuned(optimizer: str) -> str:
     """An optimizer without the values that each family was given as its own best, of equally long
     searches."""
@@ -147,6 +146,7 @@ def but_tuned(optimizer: str) -> str:
     return ", ".join(word for word in words if word.partition("=")[0] not in own)
 
 
+@remembered
 def _numbered(table: pd.DataFrame) -> pd.DataFrame:
     """A number for each value, of settings that vary: many are grouped by most of them."""
     numbers = {name: pd.factorize(table[name])[0] for name in table}

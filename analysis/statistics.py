@@ -172,7 +172,7 @@ def median_interval(values: Sequence[float], *, is_share: bool = False) -> Inter
     if n < 2:
         return None
     if is_share:
-        low, high = np.clip(student_interval(values), 0, 1)
+        low, high = map(float, np.clip(student_interval(values), 0, 1))
     elif values[0] > 0:
         with np.errstate(over="ignore"):  # two values, orders of magnitude apart: up to infinity
             low, high = map(float, np.exp(student_interval(np.log(values))))
