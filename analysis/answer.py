@@ -195,7 +195,9 @@ def _tasks(frame: pd.DataFrame) -> str:
             values = [held.get((cell, far)) for cell in same["cell_id"].unique()]
             share = ", ".join(f"{value:.2f}" for value in values if pd.notna(value))
             words.append(f"{style.family_label(family)} {soon}, {share or 'nothing'} at {far:,.0f}")
-        seeds = _count(int(part.groupby("cell_id")["seed"].nunique().min()), "seed")
+        counts = part.groupby("cell_id")["seed"].nunique()
+        least, most = int(counts.min()), int(counts.max())
+        seeds = _count(most, "seed") if least == most else f"{least} to {most} seeds"
         said.append(
             f"{recall.LEVELS[0]}% of {task} at {seq_len:,} tokens "
             f"({style.backend_label(backend)}, {seeds}): {'; '.join(words)}."

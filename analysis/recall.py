@@ -17,11 +17,14 @@ INF = float("inf")
 
 def accuracies(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Cells of one metric by step or length, with an interval that is binomial over the examples
-    of all seeds, and no narrower than what the seeds say."""
+    of all seeds, and no narrower than what the seeds say. A run that stopped before its last step,
+    as it had learned the task, counts on as it ended."""
     rows = derive.summary(frame)
     rows = rows[(rows["suite"] == SUITE) & (rows["metric"] == metric) & rows["at"].notna()].copy()
     rows[["value", "low", "high"]] = rows[["value", "low", "high"]].astype(float)
     counts = derive.processes(frame)
+    if metric == "accuracy":
+        _count_on(rows, counts[(counts["suite"] == SUITE) & (counts["metric"] == metric)])
     counts = load.words(counts[counts["metric"] == "num_examples"])
     by_place = counts[counts["at"].notna()].groupby(["cell_id", "at"])["value"].sum()
     of_all = counts[counts["at"].isna()].groupby("cell_id")["value"].sum()
@@ -35,6 +38,16 @@ def accuracies(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
             rows.loc[place, "low"] = max(0.0, min(low for low, _ in known))
             rows.loc[place, "high"] = min(1.0, max(high for _, high in known))
     return rows
+
+
+def _count_on(rows: pd.DataFrame, looks: pd.DataFrame) -> None:
+    """Values and intervals of rows from the last look of every run, where it has none later."""
+    for cell, part in load.words(looks).groupby("cell_id", sort=False):
+        curves = part.pivot(index="at", columns="run_id", values="value").ffill()
+        for place in rows.index[rows["cell_id"] == cell]:
+            values = curves.loc[rows.loc[place, "at"]].dropna()
+            low, high = statistics.median_interval(values, is_share=True) or (np.nan, np.nan)
+            rows.loc[place, ["value", "low", "high"]] = values.median(), low, high
 
 
 def steps_to_accuracy(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """What a report says of synthetic tasks: the table, the claims of figure 6, and what is null."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,6 +8,7 @@ import synthetic_records as synthetic
 
 from analysis import answer, claims, recall, report, tables
 from analysis.claims import NOT_AT_SCALE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
+from analysis.figures import tasks
 from analysis.load import frame_of
 
 FAMILIES = ("mqa", "hawk", "griffin")
@@ -173,3 +175,27 @@ def test_each_length_of_a_comparison_is_named():
     by_length = [row["workload"] for row in rows if row["metric"] == "Accuracy by length"]
     assert len(by_length) == len(set(by_length)) > 1
     assert sum(work.endswith("asked at 512") for work in by_length) == 1
+
+
+def test_a_run_that_stopped_as_learned_counts_on_in_the_curve():
+    """Of two seeds one stops at step 3,000, all right; the other never learns: half, to the end."""
+    learned, never = (synthetic.recall("hawk", "jax", seed, starts=starts)
+                      for seed, starts in enumerate((400, 50_000)))  # fmt: skip
+    looks = [one for one in learned.samples if one.metric == "accuracy" and one.at > 3000]
+    learned = replace(learned, samples=tuple(s for s in learned.samples if s not in looks))
+    found = recall.accuracies(frame_of([learned, never]), "accuracy").set_index("at")
+    assert found.loc[5000, "value"] == pytest.approx(0.5, abs=0.01)
+    assert found.loc[250, "value"] < 0.2
+    assert found.loc[5000, "high"] == 1
+
+
+def test_each_length_of_training_has_a_panel_without_the_window_that_goes_with_it():
+    made = [
+        *records(seq_len=64, model={"window_size": 32}),
+        *records(seq_len=256, model={"window_size": 128}),
+    ]
+    figure = tasks.accuracy_by_length(frame_of(made))
+    assert sorted(axes.get_title() for axes in figure.axes) == ["256 tokens", "64 tokens"]
+    names = {text.get_text() for text in figure.legends[0].texts}
+    assert len(names) == len(FAMILIES) + 1
+    assert not any("window" in name for name in names)

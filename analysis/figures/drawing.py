@@ -90,6 +90,7 @@ def lines(
     from_zero: bool = False,
     limits: tuple[float, float] | None = None,
     panel: list[str] = PANEL,
+    most: int = MAX_PANELS,
     notes: Iterable[str] = (),
     decorate: Callable[[Axes, pd.DataFrame], None] | None = None,
 ) -> Figure | None:
@@ -99,7 +100,7 @@ def lines(
     rows = rows[rows[x].notna()]
     if rows.empty:
         return None
-    panels, notes = panels_of(rows, panel, notes)
+    panels, notes = panels_of(rows, panel, notes, most)
     figure, grid = panel_grid(len(panels))
     is_single = rows[x].nunique() == 1 and not is_curve
     has_lost = False
