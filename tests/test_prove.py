@@ -67,7 +67,15 @@ def test_a_process_that_is_killed_costs_one_draw_alone(runs):
     assert not prove._red(run, second)
 
 
-def test_ctrl_c_ends_it_and_starts_no_more(runs):
+@pytest.fixture
+def heeds_ctrl_c():
+    """Even in the background of a script, where it is ignored, by children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_it_and_starts_no_more(runs, heeds_ctrl_c):
     run = of(runs, backend="torch", dtype="float64")[0]
     begun = []
 
