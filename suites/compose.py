@@ -283,7 +283,11 @@ def _experiment_parts(
         for name in names:
             choose("data", name, tuple(own), f"{where}, suite {suite}")
         parts += [(suite, name) for name in names]
-    return [(suite, _layered(suite, *layers(suite, data))) for suite, data in parts]
+    made = [(suite, _layered(suite, *layers(suite, data))) for suite, data in parts]
+    if typed.get("family") == ["mqa"] and WINDOW not in typed:
+        for _, part in made:
+            part.pop(WINDOW, None)  # it is that of the experiment's other families
+    return made
 
 
 def _layered(suite: str, *layers: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -88,6 +88,17 @@ def test_global_attention_takes_no_window_from_its_neighbours():
     assert {size for family, size in windows if family == "griffin"} == {16, 32, 64, 128}
 
 
+@pytest.mark.parametrize("name", ["recall", "windows", "paper/figure6", "quickstart"])
+def test_an_experiment_of_one_family_is_that_familys_part(name):
+    overrides = [f"experiment={name}"] + (["scale=cpu"] if name != "quickstart" else [])
+    whole = runs_of(*overrides)
+    for family in dict.fromkeys(run.model.family for run in whole):
+        own = [run.run_id for run in whole if run.model.family == family]
+        assert [run.run_id for run in runs_of(*overrides, f"family={family}")] == own
+    with pytest.raises(ValueError, match=r"model.window_size=64: family=mqa sees every key"):
+        runs_of(*overrides, "family=mqa", "model.window_size=64")
+
+
 def test_every_family_is_searched_alike():
     for scale in ((), ("scale=cpu",)):
         grids = {}
