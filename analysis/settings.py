@@ -220,8 +220,8 @@ def label(by: str, value: str) -> str:
 
 
 def variants(table: pd.DataFrame, but: str) -> pd.Series:
-    """What sets a cell apart from others of its suite, family and size, beside what tables show
-    and the setting `but` that is compared: "lambda_init=code"."""
+    """What sets a cell apart from others of its suite, data, family and size, beside what tables
+    show and the setting `but` that is compared: "lambda_init=code"."""
     hidden = {*SHOWN, *RESOLVED, but, *ALONG.get(but, ())} - {*ALONG["backend"]}
     made = np.full(len(table), "", dtype=object)
     for name, (is_told, words) in _told(table).items():
@@ -234,9 +234,9 @@ def variants(table: pd.DataFrame, but: str) -> pd.Series:
 
 @remembered
 def _told(table: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By setting which cells it sets apart from others of their suite, family and size, and what
-    is said of it there."""
-    groups = table.groupby(["suite", "family", "size"], dropna=False, sort=False).ngroup()
+    """By setting which cells it sets apart from others of their suite, data, family and size, and
+    what is said of it there."""
+    groups = table.groupby(["suite", "data", "family", "size"], dropna=False, sort=False).ngroup()
     made = {}
     for name, numbers in _numbered(table).items():
         is_told = (numbers.groupby(groups).transform("nunique") > 1).to_numpy()
