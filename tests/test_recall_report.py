@@ -177,6 +177,13 @@ def test_each_length_of_a_comparison_is_named():
     assert sum(work.endswith("asked at 512") for work in by_length) == 1
 
 
+def test_what_a_task_brings_along_is_told_by_its_name_alone():
+    made = [one for settings in PAPER.values() for one in records(**settings)]
+    table = tables.side_by_side(frame_of(made), "family", "hawk", "mqa")
+    assert "data" in table.header
+    assert "variant" not in table.header
+
+
 def test_a_run_that_stopped_as_learned_counts_on_in_the_curve():
     """Of two seeds one stops at step 3,000, all right; the other never learns: half, to the end."""
     learned, never = (synthetic.recall("hawk", "jax", seed, starts=starts)
