@@ -14,7 +14,7 @@ from analysis.wording import NONE, number
 SUITE = "language_modeling"
 SEARCHED = settings.TUNED_ALONG
 _METRICS = ("loss", "bits_per_byte", "unigram_bits_per_byte", "ngram_bits_per_byte")
-_SETTINGS = ("family", "size", "backend", "dtype", "device_kind", "data", "variant")
+_SETTINGS = ("family", "size", "backend", "dtype", "device_kind", "data", "seq_len", "variant")
 _ALWAYS = _SETTINGS[:3]
 
 
@@ -372,7 +372,7 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     place = [vocabulary.family_order(family)[0] for family in rows["family"]]
     rows = rows.assign(_place=place)
     size = "num_params_non_embedding" if "num_params_non_embedding" in rows else "tokens"
-    keys = ["data", size, "tokens", "_place", "backend", "variant"]
+    keys = ["data", size, "tokens", "_place", "backend", "seq_len", "variant"]
     rows = rows.sort_values([key for key in keys if key in rows], kind="stable")
     return rows.drop(columns="_place").reset_index(drop=True)
 

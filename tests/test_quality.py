@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_records import extrapolated, record, sample
+from synthetic_records import extrapolated, record, sample, windowed
 
 from analysis import answer, matching, quality, settings
 from analysis.load import frame_of
@@ -52,6 +52,11 @@ def test_a_run_that_no_n_gram_model_loses_to_is_flagged():
 def test_equal_to_an_n_gram_model_is_not_below_it():
     frame = frame_of([trained(loss=2.0, ngram=1.3 * 2.0)])
     assert column(quality.held_out(frame), "below n-grams") == ["NO (1 of 1 runs)"]
+
+
+def test_lengths_of_training_are_told_apart():
+    frame = frame_of([windowed("griffin", length, None) for length in (256, 512)])
+    assert column(quality.held_out(frame), "seq_len") == ["256", "512"]
 
 
 def test_runs_of_other_suites_alone_make_no_table():

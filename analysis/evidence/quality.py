@@ -137,7 +137,8 @@ def power_law(frame: pd.DataFrame) -> list[Finding]:
                 for key in keys
             ]
             fits = [np.corrcoef(np.log(flops), np.log(row))[0, 1] ** 2 for row in losses]
-            interval = statistics.student_interval(fits)
+            if interval := statistics.student_interval(fits):
+                interval = interval[0], min(interval[1], 1.0)
             label = f"R2 of {label_of(family)} over {len(keys)} budgets"
             quantity = Quantity(label, float(np.mean(fits)), interval, R_SQUARED, unit="")
             quantities.append((quantity, len(fits)))
