@@ -337,6 +337,11 @@ def test_power_laws_reach_as_far_as_they_were_fitted_and_have_bands_over_seeds()
     assert not drawn("scaling", one).axes[0].collections  # one seed: neither bars nor a band
 
 
+def test_training_lengths_of_one_size_are_no_scaling():
+    records = [synthetic.windowed("griffin", length, None) for length in (256, 512)]
+    assert drawn("scaling", frame_of(records)) is None
+
+
 def test_errors_by_layer_are_shares_of_their_tolerance_over_depth(frame):
     figure = drawn("parity_by_layer", frame)
     assert [axes.get_title("left") for axes in figure.axes] == ["L4/activations", "L4/grad"]

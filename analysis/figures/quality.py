@@ -117,7 +117,8 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
     rows["num_params_non_embedding"] = rows["num_params_non_embedding"].astype(float)
     keys = ["dtype", "device_kind", "data"]
     rows = rows[rows["train_flops"].notna()]
-    lines = rows.groupby([*keys, *drawing.LINE], dropna=False)["train_flops"]
+    # another sequence length is another task, not more of the same
+    lines = rows.groupby([*keys, *drawing.LINE, "seq_len"], dropna=False)["train_flops"]
     if rows.empty or lines.nunique().max() < 2:
         return None
     panels, notes = drawing.panels_of(rows, keys, (), 1)
