@@ -337,6 +337,15 @@ def test_power_laws_reach_as_far_as_they_were_fitted_and_have_bands_over_seeds()
     assert not drawn("scaling", one).axes[0].collections  # one seed: neither bars nor a band
 
 
+def test_panels_of_small_models_come_first():
+    made = [
+        modeling("mqa", "jax", model={"size": size}, costs={"num_params": count})
+        for size, count in (("a_large", 200_000), ("b_small", 100_000))
+    ]
+    figure = drawn("held_out_curves", frame_of(made))
+    assert [axes.get_title("left") for axes in figure.axes] == ["b_small", "a_large"]
+
+
 def test_training_lengths_of_one_size_are_no_scaling():
     records = [synthetic.windowed("griffin", length, None) for length in (256, 512)]
     assert drawn("scaling", frame_of(records)) is None
