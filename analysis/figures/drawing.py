@@ -151,13 +151,11 @@ def panels_of(
 ) -> tuple[list[tuple[tuple, pd.DataFrame]], list[str]]:
     """The first panels, small models before large ones, and the notes with how many are left
     out."""
+    panels = rows.groupby(keys, dropna=False)
     if {"size", "num_params"} <= {*keys, *rows}:
         params = rows.groupby("size", dropna=False)["num_params"].transform("min")
-        place = rows.groupby(keys, dropna=False).ngroup()
-        rows = rows.iloc[np.lexsort((place, params.astype("float64").fillna(0.0)))]
-        panels = rows.groupby(keys, sort=False, dropna=False)
-    else:
-        panels = rows.groupby(keys, dropna=False)
+        places = np.lexsort((panels.ngroup(), params.astype("float64").fillna(0.0)))
+        panels = rows.iloc[places].groupby(keys, sort=False, dropna=False)
     left_out = panels.ngroups - most
     more = [f"{left_out} further panels are in the tables alone."] if left_out > 0 else []
     return list(islice(panels, most)), [*notes, *more]
